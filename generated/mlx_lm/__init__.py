@@ -1,0 +1,1 @@
+"""Rewritten mlx_lm models (build output) and their committed manifests."""

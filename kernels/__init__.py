@@ -1,0 +1,1 @@
+"""Templated Metal kernels and the ops that call them."""

@@ -1,0 +1,1 @@
+"""How the Metal text is run where there is no Metal."""

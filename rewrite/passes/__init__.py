@@ -1,0 +1,1 @@
+"""The stages of the compiler, in the order the pipeline calls them."""

@@ -1,0 +1,1 @@
+"""Runs rewritten models; never imports the compiler."""
