@@ -296,6 +296,9 @@ class Value:
     data: Any
     span: Span
 
+    def __repr__(self) -> str:
+        return f"<{self.op} {self.data!r} {tuple(self.span)}>"
+
     def walk(self) -> Iterator[Value]:
         """Every value this one is computed from, itself first, each once."""
         seen: set[int] = set()
@@ -343,6 +346,7 @@ class Method:
     effects: tuple[Effect, ...]
     returns: tuple[Effect, ...]
     rebound: frozenset[str]  # names that a loop target or an assignment gives a new value
+    before: dict[int, dict[str, Value]]  # what names hold before each statement, by its start byte
 
     @property
     def name(self) -> str:

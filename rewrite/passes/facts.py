@@ -167,7 +167,8 @@ def _run(function: Function, owner: str | None, module: Module, names: dict[str,
     evaluator.block(function.body)
     effects = tuple(evaluator.effects)
     returns = tuple(effect for effect in effects if effect.kind == "return")
-    return Method(owner, function, params, effects, returns, frozenset(evaluator.rebound))
+    rebound = frozenset(evaluator.rebound)
+    return Method(owner, function, params, effects, returns, rebound, evaluator.before)
 
 
 class _Evaluator:
@@ -180,6 +181,7 @@ class _Evaluator:
         self.env: dict[str, Value] = {}
         self.effects: list[Effect] = []
         self.rebound: set[str] = set()
+        self.before: dict[int, dict[str, Value]] = {}
         self.path = Path()
         self.statement: Stmt = Simple("pass", (), Span(0, 0))
 
@@ -304,6 +306,7 @@ class _Evaluator:
         """Run statements in order; True if control never gets past them."""
         for statement in body:
             self.statement = statement
+            self.before[statement.span.start] = dict(self.env)
             if self.run(statement):
                 return True
         return False

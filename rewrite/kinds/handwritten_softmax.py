@@ -1,0 +1,203 @@
+"""handwritten_softmax: attention spelled out as matrix product, softmax, matrix product.
+
+Matches     `softmax(cap * tanh(q @ k^T / cap) + mask) @ v` over fetched keys, with or without the
+            cap, the groups made by a five-dimensional reshape or by repeating keys, in the method
+            itself or in a function of the module that the method calls with the fetched keys.
+Refuses     anything else between the two products; block patterns; keys selected by rank.
+Becomes     one call of `paged_attention` in the place of the second product; the statements that
+            only made the scores go.
+"""
+
+from __future__ import annotations
+
+from ..attention import attend_sites, attention_match, fetched_flow, Sites
+from ..edits import replace, site_comment
+from ..ir import Edit, Match, Method, Miss, Site, Span, Value
+from ..match import Flow, Mixer, every_value, library_call, live
+from ..softmax import Spelled, spelled_attention
+from . import Counter, Example
+
+NAME = "handwritten_softmax"
+
+
+def match(mixer: Mixer) -> Match | Miss:
+    if not mixer.fetches:
+        return Miss(NAME, 0, "a fetch from a cache")
+    if mixer.state_stores or mixer.cache_reads():
+        return Miss(NAME, 1, "caches are only fetched from")
+    parts: list[Sites] = []
+    written = 0
+    for method in mixer.methods:
+        inline = _inline(mixer, method)
+        called = _called(mixer, method)
+        consumers = [value for value, _ in called]
+        found = fetched_flow(mixer, method, consumers)
+        if inline is None and found.foreign:
+            where = mixer.place(found.foreign[0])
+            return Miss(NAME, 2, "fetched keys only enter a spelled-out softmax", where)
+        if inline is not None:
+            made = _replace_inline(mixer, method, inline, found)
+            if isinstance(made, Miss):
+                return made
+            parts.append(made)
+            written += 1
+        for call, spelled in called:
+            parts.append(_replace_call(mixer, method, call, spelled))
+            written += 1
+        here = attend_sites(mixer, method, found, NAME)
+        if isinstance(here, Miss):
+            return here
+        parts.append(here)
+    if not written:
+        return Miss(NAME, 1, "a softmax of products with fetched keys")
+    return attention_match(mixer, NAME, parts)
+
+
+def _inline(mixer: Mixer, method: Method) -> Spelled | None:
+    """The spelled-out attention in the method's own statements."""
+    roots = {id(f.call) for f in mixer.fetches if f.method is method}
+    if not roots:
+        return None
+
+    def fetched(value: Value, position: int) -> bool:
+        value = live(value)
+        return value.op == "item" and value.data == position and id(value.args[0]) in roots
+
+    for value in every_value(method):
+        if value.op == "binary" and value.data == "@":
+            found = spelled_attention(mixer.program, value, fetched)
+            if found is not None:
+                return found
+    return None
+
+
+def _called(mixer: Mixer, method: Method) -> list[tuple[Value, Spelled]]:
+    """Calls of module functions that spell out attention over their parameters."""
+    found = []
+    for effect in method.calls():
+        callee = effect.value.args[0]
+        function = mixer.program.function_of(callee.data) if callee.op == "global" else None
+        if function is None or len(function.returns) != 1:
+            continue
+        result = function.returns[0].value
+        spelled = spelled_attention(
+            mixer.program, result, lambda value, _: value.op == "param"
+        )
+        if spelled is not None and _all_parameters(spelled):
+            found.append((effect.value, spelled))
+    return found
+
+
+def _all_parameters(spelled: Spelled) -> bool:
+    parts = [spelled.queries, spelled.keys, spelled.values]
+    parts += [part for part in (spelled.scale, spelled.softcap, spelled.mask) if part is not None]
+    return all(part.op == "param" for part in parts)
+
+
+def _replace_call(mixer: Mixer, method: Method, call: Value, spelled: Spelled) -> Sites:
+    function = mixer.program.function_of(call.args[0].data)
+    assert function is not None
+    names = [parameter.name for parameter in function.function.parameters]
+    given: dict[str, Value] = {}
+    for position, (keyword, value) in enumerate(zip(call.data, call.args[1:], strict=True)):
+        given[keyword or names[position]] = value
+
+    def text(part: Value | None, default: str) -> str:
+        return mixer.source.text(given[part.data[1]].span) if part is not None else default
+
+    arguments = [text(part, "") for part in (spelled.queries, spelled.keys, spelled.values)]
+    arguments.append(f"scale={text(spelled.scale, '1.0')}")
+    arguments.append(f"mask={text(spelled.mask, 'None')}")
+    if spelled.softcap is not None:
+        arguments.append(f"softcap={text(spelled.softcap, '')}")
+    new = f"paged_attention({', '.join(arguments)})"
+    effect = next(e for e in method.calls() if e.value is call)
+    return _site(mixer, call, [replace(mixer.source, call.span, new, NAME)], effect.statement.span)
+
+
+def _site(mixer: Mixer, value: Value, edits: list[Edit], statement: Span) -> Sites:
+    comment = site_comment(
+        mixer.source, statement, f"{NAME} reads its keys and values from pages", NAME
+    )
+    where = mixer.place(value)
+    evidence = (mixer.evidence("softmax over products with fetched keys", value),)
+    return Sites((comment, *edits), evidence, (Site("paged_attention", where),))
+
+
+def _replace_inline(
+    mixer: Mixer, method: Method, spelled: Spelled, found: Flow
+) -> Sites | Miss:
+    body = method.function.body
+    product = spelled.product
+    last = next(
+        (i for i, s in enumerate(body) if s.span.start <= product.span.start < s.span.end), None
+    )
+    if last is None:
+        return Miss(NAME, 2, "the softmax stands in the method's own body", mixer.place(product))
+    starts = [value.span.start for value in found.foreign]
+    first = min(
+        (i for i, s in enumerate(body) if any(s.span.start <= x < s.span.end for x in starts)),
+        default=last,
+    )
+    region = Span(body[first].span.start, body[last].span.start)
+    if any(
+        effect.kind in ("store", "return") and region.start <= effect.statement.span.start < region.end
+        for effect in method.effects
+    ):
+        return Miss(NAME, 2, "nothing is stored between the products", mixer.place(product))
+    before = method.before[body[first].span.start]
+    named = {id(live(value)): name for name, value in before.items()}
+    queries, scale = named.get(id(spelled.raw_queries)), "1.0"
+    if queries is None and spelled.scale is not None:
+        queries = named.get(id(spelled.queries))
+        scale = mixer.source.text(spelled.scale.span)
+    keys, values = (named.get(id(part)) for part in (spelled.raw_keys, spelled.raw_values))
+    mask = named.get(id(spelled.mask)) if spelled.mask is not None else "None"
+    if queries is None or keys is None or values is None or mask is None:
+        return Miss(NAME, 2, "queries, keys, values and mask have names", mixer.place(product))
+    if spelled.mask is None:
+        return Miss(NAME, 2, "scores are masked", mixer.place(product))
+    arguments = f"{queries}, {keys}, {values}, scale={scale}, mask={mask}"
+    if spelled.softcap is not None:
+        arguments += f", softcap={mixer.source.text(spelled.softcap.span)}"
+    edits = [replace(mixer.source, product.span, f"paged_attention({arguments})", NAME)]
+    if first < last:
+        start = mixer.source.line_start(body[first].span.start)
+        end = mixer.source.line_start(body[last].span.start)
+        edits.append(replace(mixer.source, Span(start, end), "", NAME))
+    return _site(mixer, product, edits, body[last].span)
+
+
+_SPELLED = '''
+import mlx.core as mx
+import mlx.nn as nn
+
+class Mix(nn.Module):
+    def __init__(self, args):
+        super().__init__()
+        self.qkv = nn.Linear(args.width, 3 * args.width)
+
+    def __call__(self, x, mask=None, cache=None):
+        B, L, D = x.shape
+        q, k, v = mx.split(self.qkv(x), 3, axis=-1)
+        q = q.reshape(B, L, 4, -1).transpose(0, 2, 1, 3)
+        k = k.reshape(B, L, 4, -1).transpose(0, 2, 1, 3)
+        v = v.reshape(B, L, 4, -1).transpose(0, 2, 1, 3)
+        if cache is not None:
+            k, v = cache.update_and_fetch(k, v)
+        scores = (q * 0.5) @ k.transpose(0, 1, 3, 2)
+        if mask is not None:
+            scores += mask
+        weights = mx.softmax(scores.astype(mx.float32), axis=-1).astype(scores.dtype)
+        y = (weights @ v).transpose(0, 2, 1, 3).reshape(B, L, -1)
+        return y
+'''
+
+ACCEPTS = (
+    Example("Mix", _SPELLED),
+    Example("Mix", _SPELLED.replace("        if mask is", "        scores = mx.tanh(scores / 30.0)\n        scores *= 30.0\n        if mask is")),
+)
+REJECTS = (
+    Counter("Mix", _SPELLED.replace("        weights =", "        scores = scores ** 2\n        weights ="), None),
+    Counter("Mix", _SPELLED.replace("(weights @ v)", "(weights @ mx.abs(v))"), None),
+)

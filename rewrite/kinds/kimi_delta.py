@@ -1,0 +1,37 @@
+"""kimi_delta: Kimi delta attention, a delta rule with one decay per key channel.
+
+Matches     a class that updates a matrix state with the gated delta rule where the gate has the
+            shape of the keys. Kimi Linear, arXiv 2510.26692, section 3.
+Refuses     one gate per head (gated_delta).
+Becomes     the original code, once per sequence.
+"""
+
+from __future__ import annotations
+
+from ..ir import Match, Miss
+from ..match import Mixer
+from ..per_sequence import per_sequence
+from ..states import delta_gate_is_per_channel, delta_updates
+from . import Counter, Example
+from .gated_delta import _DELTA
+
+NAME = "kimi_delta"
+
+
+def match(mixer: Mixer) -> Match | Miss:
+    updates = delta_updates(mixer)
+    if not updates:
+        return Miss(NAME, 0, "a call of the gated delta rule")
+    if not mixer.state_stores:
+        return Miss(NAME, 1, "the state is stored in a cache")
+    if not all(delta_gate_is_per_channel(effect.value) for effect in updates):
+        return Miss(NAME, 2, "one gate per key channel", mixer.place(updates[0]))
+    evidence = [mixer.evidence("delta rule, gate per channel", effect) for effect in updates]
+    evidence += [mixer.evidence("state stored", effect) for effect in mixer.state_stores]
+    return per_sequence(mixer, NAME, evidence)
+
+
+ACCEPTS = (
+    Example("Mix", _DELTA.replace("k, v, a, b,", "k, v, a.reshape(B, L, 2, -1), b,"), "per-sequence"),
+)
+REJECTS = (Counter("Mix", _DELTA, "gated_delta"),)

@@ -1,0 +1,83 @@
+"""repeated_keys: keys and values are repeated over the query heads after the fetch.
+
+Matches     `mx.tile(keys, [1, n, 1, 1])` (query head h reads key head h mod the number of key
+            heads) or `mx.repeat(keys, n, axis=1)` (h divided by the group) between fetch and
+            attention.
+Refuses     repeats along any other axis, and everything else done with fetched keys.
+Becomes     `paged_attention` on the keys as cached; the head order is an argument.
+"""
+
+from __future__ import annotations
+
+from ..attention import attention_match, attend_sites, fetched_flow
+from ..edits import insert, replace
+from ..ir import Edit, Match, Miss, Value
+from ..match import Flow, Mixer, library_call
+from . import Counter, Example
+from .softmax_attention import _PLAIN
+
+NAME = "repeated_keys"
+
+
+def match(mixer: Mixer) -> Match | Miss:
+    if not mixer.attends or not mixer.fetches:
+        return Miss(NAME, 0, "a fused attention call and a fetch from a cache")
+    if mixer.state_stores or mixer.cache_reads():
+        return Miss(NAME, 1, "caches are only fetched from")
+    parts = []
+    repeats = 0
+    for method in mixer.methods:
+        found = fetched_flow(mixer, method)
+        orders = {id(value): _order(mixer, value) for value in found.foreign}
+        unknown = [value for value in found.foreign if orders[id(value)] is None]
+        if unknown:
+            where = mixer.place(unknown[0])
+            return Miss(NAME, 2, "fetched keys are only repeated over heads", where)
+        repeats += len(found.foreign)
+        widened = Flow(found.members | frozenset(orders), (), found.casts)
+        here = attend_sites(mixer, method, widened, NAME)
+        if isinstance(here, Miss):
+            return here
+        parts.append(here)
+        if not found.foreign:
+            continue
+        if len(set(orders.values())) != 1:
+            return Miss(NAME, 2, "keys and values are repeated alike")
+        edits = [_unrepeat(mixer, value) for value in found.foreign]
+        if "tile" in orders.values():
+            edits += [
+                insert(attend.call.args[-1].span.end, ", tiled_heads=True", NAME)
+                for attend in mixer.attends
+                if attend.method is method
+            ]
+        parts.append(type(here)(tuple(edits), (), ()))
+    if not repeats:
+        return Miss(NAME, 2, "keys repeated over heads")
+    return attention_match(mixer, NAME, parts)
+
+
+def _order(mixer: Mixer, value: Value) -> str | None:
+    """ "tile" or "repeat" for a repetition along the head axis."""
+    tiled = library_call(mixer.program, value, "mlx.core.tile")
+    if tiled and len(tiled) == 2 and tiled[1].op in ("list", "tuple"):
+        counts = tiled[1].args
+        ones = [part.op == "const" and part.data == 1 for part in counts]
+        if len(counts) == 4 and ones[0] and ones[2] and ones[3]:
+            return "tile"
+    repeated = library_call(mixer.program, value, "mlx.core.repeat")
+    if repeated and len(repeated) == 3 and repeated[2].op == "const" and repeated[2].data == 1:
+        return "repeat"
+    return None
+
+
+def _unrepeat(mixer: Mixer, call: Value) -> Edit:
+    return replace(mixer.source, call.span, mixer.source.text(call.args[1].span), NAME)
+
+
+_TILED = _PLAIN.replace("        y = ", "        k, v = mx.tile(k, [1, 4, 1, 1]), mx.tile(v, [1, 4, 1, 1])\n        y = ")
+
+ACCEPTS = (Example("Mix", _TILED), Example("Mix", _PLAIN.replace("        y = ", "        k, v = mx.repeat(k, 4, axis=1), mx.repeat(v, 4, axis=1)\n        y = ")))
+REJECTS = (
+    Counter("Mix", _PLAIN, "softmax_attention"),
+    Counter("Mix", _TILED.replace("[1, 4, 1, 1]", "[1, 1, 4, 1]"), None),
+)

@@ -1,0 +1,185 @@
+"""Recognises `softmax(mask(cap(q @ k^T))) @ v` in a graph of values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .ir import Value
+from .match import library_call, live, method_call, same
+from .program import Program
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Spelled:
+    """Attention written out. `raw_*` are the values as they are before heads are regrouped."""
+
+    product: Value
+    queries: Value  # without the scale
+    raw_queries: Value  # with it
+    keys: Value
+    values: Value
+    raw_keys: Value
+    raw_values: Value
+    scale: Value | None
+    softcap: Value | None
+    mask: Value | None
+
+
+def spelled_attention(
+    program: Program, product: Value, fetched: Callable[[Value, int], bool]
+) -> Spelled | None:
+    """Match `product` as the second matrix product of attention.
+
+    `fetched(value, 0)` and `(value, 1)` tell whether a value is the fetched keys or values.
+    """
+    if product.op != "binary" or product.data != "@":
+        return None
+    raw_values = _ungrouped(program, product.args[1])
+    if raw_values is None or not fetched(raw_values, 1):
+        return None
+    weights = _uncast(product.args[0])
+    softmax = library_call(program, weights, "mlx.core.softmax")
+    if not softmax:
+        return None
+    scores, masks = _unmasked(program, _uncast(softmax[0]))
+    if len({id(mask) for mask in masks}) > 1:
+        return None
+    scores, softcap = _uncapped(program, scores)
+    scores = _uncast(scores)
+    if scores.op != "binary" or scores.data != "@":
+        return None
+    turned = method_call(scores.args[1], "swapaxes", "transpose", "moveaxis")
+    if turned is None:
+        return None
+    raw_keys = _ungrouped(program, turned)
+    if raw_keys is None or not fetched(raw_keys, 0):
+        return None
+    raw_queries = _ungrouped_queries(scores.args[0])
+    queries, scale = raw_queries, None
+    if raw_queries.op == "binary" and raw_queries.data == "*":
+        queries, scale = raw_queries.args
+    mask = masks[0] if masks else None
+    return Spelled(
+        product,
+        queries,
+        raw_queries,
+        raw_keys,
+        raw_values,
+        raw_keys,
+        raw_values,
+        scale,
+        softcap,
+        mask,
+    )
+
+
+def _uncast(value: Value) -> Value:
+    while True:
+        inner = method_call(value, "astype")
+        if inner is None:
+            return value
+        value = inner
+
+
+def _ungrouped(program: Program, value: Value) -> Value | None:
+    """Keys before they are spread over the query heads of their group (head h reads h // group)."""
+    value = live(value)
+    if value.op == "phi":
+        first, second = (_ungrouped(program, part) for part in value.args[1:])
+        return first if first is not None and first is second else None
+    expanded = library_call(program, value, "mlx.core.expand_dims")
+    if expanded and len(expanded) == 2 and expanded[1].op == "const" and expanded[1].data == 2:
+        return _ungrouped(program, expanded[0])
+    if value.op == "call" and value.args[0].op == "global":
+        function = program.function_of(value.args[0].data)
+        if function is not None and len(value.args) > 1 and _repeats_heads(program, function):
+            return _ungrouped(program, value.args[1])
+        return None
+    return value
+
+
+def _repeats_heads(program: Program, function: object) -> bool:
+    """A function that returns its first parameter, or it repeated over the heads of a group.
+
+    Repeated means: a new axis 2, broadcast, and reshaped to four dimensions, so that query head h
+    reads key head h divided by the group.
+    """
+    from .ir import Method
+
+    assert isinstance(function, Method)
+    if not function.params or not function.returns:
+        return False
+    first = function.params[0]
+    for effect in function.returns:
+        value = effect.value
+        if value is first:
+            continue
+        reshaped = method_call(value, "reshape")
+        spread = library_call(program, reshaped, "mlx.core.broadcast_to") if reshaped else None
+        if not spread or len(value.args) != 5:
+            return False
+        grown = library_call(program, spread[0], "mlx.core.expand_dims")
+        if not grown or grown[0] is not first or len(grown) != 2 or grown[1].data != 2:
+            return False
+    return True
+
+
+def _ungrouped_queries(value: Value) -> Value:
+    """Queries before `reshape(B, kv_heads, group, L, D)`."""
+    value = live(value)
+    if value.op == "phi":
+        arms = [_ungrouped_queries(part) for part in value.args[1:]]
+        return arms[0] if arms[0] is arms[1] else value
+    inner = method_call(value, "reshape")
+    if inner is not None and len(value.args) == 6:
+        return inner
+    return value
+
+
+def _unmasked(program: Program, value: Value) -> tuple[Value, list[Value]]:
+    """Scores before a mask was applied, and the parameters that were the mask."""
+    if value.op == "phi":
+        arms = [_unmasked(program, part) for part in value.args[1:]]
+        if arms[0][0] is arms[1][0]:
+            return arms[0][0], _distinct([*arms[0][1], *arms[1][1]])
+        return value, []
+    chosen = library_call(program, value, "mlx.core.where")
+    if chosen and len(chosen) == 3:
+        mask = _mask_parameter(chosen[0])
+        if mask is not None:
+            scores, others = _unmasked(program, chosen[1])
+            return scores, _distinct([*others, mask])
+    if value.op == "binary" and value.data == "+":
+        for scores, other in (value.args, value.args[::-1]):
+            mask = _mask_parameter(other)
+            if mask is not None and other is not scores:
+                inner, others = _unmasked(program, scores)
+                return inner, _distinct([*others, mask])
+    return value, []
+
+
+def _distinct(values: list[Value]) -> list[Value]:
+    return list({id(value): value for value in values}.values())
+
+
+def _mask_parameter(value: Value) -> Value | None:
+    """The one parameter a mask is, possibly chosen between it and a causal array."""
+    if value.op == "param":
+        return value
+    if value.op == "phi":
+        found = [part for part in value.args[1:] if part.op == "param"]
+        return found[0] if len(found) == 1 else None
+    return None
+
+
+def _uncapped(program: Program, value: Value) -> tuple[Value, Value | None]:
+    """`cap * tanh(scores / cap)` gives (scores, cap)."""
+    if value.op == "binary" and value.data == "*":
+        for bent, cap in (value.args, value.args[::-1]):
+            inner = library_call(program, bent, "mlx.core.tanh")
+            if inner and inner[0].op == "binary" and inner[0].data == "/":
+                scores, divisor = inner[0].args
+                if same(divisor, cap):
+                    return scores, cap
+    return value, None

@@ -1,0 +1,154 @@
+"""What classes with a recurrent state do, seen through the code they reach."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+
+from .ir import Effect, Method, Value
+from .match import Mixer, callee_name, every_value, library_call
+from .program import Program
+
+_CONVOLUTIONS = frozenset(
+    {"mlx.nn.Conv1d", "mlx.core.conv1d", "mlx.core.conv_general", "mlx.nn.Conv2d"}
+)
+_DELTA = "mlx_lm.models.gated_delta.gated_delta"
+_LIBRARIES = ("mlx_lm.models.gated_delta.gated_delta", "mlx_lm.models.ssm.")
+
+
+class Reach:
+    """The methods and functions a class's forward may run, its modules' forwards included."""
+
+    def __init__(self, mixer: Mixer) -> None:
+        self.mixer = mixer
+        self.program: Program = mixer.program
+
+    @cached_property
+    def methods(self) -> list[Method]:
+        found: dict[int, Method] = {id(m): m for m in self.mixer.methods}
+        for cls in self.program.reachable(self.mixer.cls).values():
+            for name in ("__call__",):
+                method = cls.methods.get(name)
+                if method is not None:
+                    found[id(method)] = method
+        queue = list(found.values())
+        while queue:
+            for effect in queue.pop().calls():
+                name = callee_name(self.program, effect.value)
+                function = self.program.function_of(name) if name else None
+                if function is not None and id(function) not in found:
+                    found[id(function)] = function
+                    queue.append(function)
+        return list(found.values())
+
+    def calls(self) -> Iterator[Effect]:
+        for method in self.methods:
+            yield from method.calls()
+
+    def convolutions(self) -> bool:
+        for cls in self.program.reachable(self.mixer.cls).values():
+            for made in cls.attributes.values():
+                for value in made.walk():
+                    if value.op == "call" and callee_name(self.program, value) in _CONVOLUTIONS:
+                        return True
+        return any(callee_name(self.program, e.value) in _CONVOLUTIONS for e in self.calls())
+
+    def embeds(self) -> bool:
+        """A module of the class looks up embeddings."""
+        return any(
+            value.op == "call" and callee_name(self.program, value) == "mlx.nn.Embedding"
+            for made in self.mixer.cls.attributes.values()
+            for value in made.walk()
+        ) or any(
+            callee_name(self.program, effect.value) == "mlx.nn.Embedding"
+            for effect in self.mixer.cls.methods["__init__"].calls()
+            if "__init__" in self.mixer.cls.methods
+        )
+
+    def library_recurrence(self) -> bool:
+        return any(
+            (callee_name(self.program, effect.value) or "").startswith(_LIBRARIES)
+            for effect in self.calls()
+        )
+
+    def token_loops(self) -> bool:
+        """A loop over `range(x.shape[1])`, or over a length taken from a shape."""
+        for method in self.methods:
+            for value in every_value(method):
+                if value.op == "elem" and _is_range_of_length(self.program, value.args[0]):
+                    return True
+        return False
+
+    def complement_roots(self) -> bool:
+        """`sqrt(1 - a)`."""
+        for method in self.methods:
+            for value in every_value(method):
+                got = library_call(self.program, value, "mlx.core.sqrt")
+                if got and got[0].op == "binary" and got[0].data == "-":
+                    left = got[0].args[0]
+                    if left.op == "const" and left.data == 1:
+                        return True
+        return False
+
+    def token_shifts(self) -> bool:
+        """`concatenate([state, x[:, :-1]], axis=1)`."""
+        for method in self.methods:
+            for value in every_value(method):
+                got = library_call(self.program, value, "mlx.core.concatenate")
+                if got and got[0].op == "list" and any(map(_drops_last, got[0].args)):
+                    return True
+        return False
+
+
+    def joins_state(self) -> bool:
+        """`concatenate([cache[i], parameter], ...)`."""
+        loads = set(map(id, self.mixer.state_loads))
+        for method in self.mixer.methods:
+            for value in every_value(method):
+                got = library_call(self.program, value, "mlx.core.concatenate")
+                if not got or got[0].op != "list":
+                    continue
+                parts = got[0].args
+                if any(id(inner) in loads for part in parts for inner in part.walk()) and any(
+                    inner.op == "param" for part in parts for inner in (part, *part.args)
+                ):
+                    return True
+        return False
+
+
+def _is_range_of_length(program: Program, value: Value) -> bool:
+    got = library_call(program, value, "builtins.range")
+    if got is None:
+        return False
+    return any(
+        part.op in ("item", "index") and part.args[0].op == "attr" and part.args[0].data == "shape"
+        for bound in got
+        for part in bound.walk()
+    )
+
+
+def _drops_last(value: Value) -> bool:
+    """`x[:, :-1]` or `x[:, :-1, :]`."""
+    if value.op != "index" or value.args[1].op != "tuple":
+        return False
+    keys = value.args[1].args
+    if len(keys) < 2 or keys[1].op != "slice":
+        return False
+    lower, upper = keys[1].args[:2]
+    return lower.data is None and upper.op == "const" and upper.data == -1
+
+
+def delta_updates(mixer: Mixer) -> list[Effect]:
+    """Calls of the gated delta rule by the class's own methods."""
+    return mixer.calls_into(_DELTA)
+
+
+def delta_gate_is_per_channel(call: Value) -> bool:
+    """The gate (fourth argument) is reshaped to [B, L, heads, channels] before the call."""
+    if len(call.args) < 5:
+        return False
+    gate = call.args[4]
+    for value in gate.walk():
+        if value.op == "call" and value.args[0].op == "attr" and value.args[0].data == "reshape":
+            return len(value.args) >= 5
+    return False
