@@ -4,8 +4,10 @@ import getpass
 import hashlib
 import importlib.util
 import math
+import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -63,9 +65,13 @@ def converted(bits: int | None) -> Path:
     """A converted directory, kept between sessions under a name made of what it depends on."""
     _, source = smollm2.find_gguf()
     key = hashlib.sha256(source.encode() + SCRIPT.read_bytes()).hexdigest()[:16]
-    folder = Path(tempfile.gettempdir()) / f"mlxrewrite-{getpass.getuser()}" / f"smollm2-{key}"
-    out = folder / ("float32" if bits is None else f"{bits}bit")
+    root = Path(tempfile.gettempdir()) / f"mlxrewrite-{getpass.getuser()}"
+    out = root / f"smollm2-{key}" / ("float32" if bits is None else f"{bits}bit")
     smollm2.convert(out, "float32", bits)
+    # Half a gigabyte each: what other versions of the script made goes after a day.
+    for other in root.glob("smollm2-*"):
+        if other != out.parent and time.time() - other.stat().st_mtime > 86400:
+            shutil.rmtree(other, ignore_errors=True)
     return out
 
 
@@ -186,6 +192,9 @@ def test_tokenizer_splits_as_smollm_does(plain: tuple[Any, Any]) -> None:
     tokenizer = plain[1]
     words = tokenizer.convert_ids_to_tokens(tokenizer.encode("Hello world, in 2024"))
     assert words == ["Hello", "Ġworld", ",", "Ġin", "Ġ", "2", "0", "2", "4"]
+    # Words never join across a space or a mark, whatever the merges would allow.
+    words = tokenizer.convert_ids_to_tokens(tokenizer.encode("of the: it's\n\n  x"))
+    assert words == ["of", "Ġthe", ":", "Ġit", "'s", "ĊĊĠ", "Ġx"]
     assert tokenizer.encode("<|im_start|>user<|im_end|>") == [1, 4093, 2]
     assert tokenizer.eos_token_ids == {2}
 
@@ -324,11 +333,14 @@ def test_a_run_that_loses_the_race_keeps_the_winner(
         monkeypatch.setattr(smollm2, "write_model", write)
         monkeypatch.setattr(smollm2.os, "getpid", lambda: 0)  # the other process
         smollm2.convert(out)
+        winner.append(out.stat().st_ino)
         write(gguf, folder, dtype, bits)
 
+    winner: list[int] = []
     monkeypatch.setattr(smollm2, "write_model", overtaken)
     smollm2.convert(out)
     assert len(fake) == 2
+    assert winner == [out.stat().st_ino]
     assert names(tmp_path) == {"out", "fake.gguf"}
 
 
