@@ -12,6 +12,7 @@ parameters and of norm modules, whose value ranges no shape can tell.
 | `recurrent_param` (RG-LRU)           | -3 + 0.5 n                                              |
 | unsigned integers (packed weights)   | uniform bits                                            |
 | other integers, booleans             | unchanged                                               |
+| `nn.Embedding`                       | 0.5 n                                                   |
 | one element                          | initial * (1 + 0.2 n), or 0.5 + 0.1 n where it was zero |
 | one axis longer than one             | initial + 0.2 n                                         |
 | several axes, all the same non-zero  | initial + 0.2 n (a gain per head)                       |
@@ -22,9 +23,10 @@ parameters and of norm modules, whose value ranges no shape can tell.
 n is standard normal. `A_log` and `dt_bias` together give a decay exp(-exp(A_log) *
 softplus(x + dt_bias)) of about 0.6 to 1 per token for x of unit variance, so a state neither
 explodes nor forgets within a test prompt; RG-LRU's exp(-8 * gate * softplus(p)) gets about 0.8
-for a gate of one half. The matrix rule covers embeddings (a row has unit length, so tied logits
-have a standard deviation near one after a norm), routers (logits near unit variance) and stacked
-experts or heads. Zeroed vectors such as biases and sinks become 0.2 n.
+for a gate of one half. An embedding as large as what a layer adds to it keeps both the token and
+the mixing visible; tied logits then have a standard deviation of about 0.5 sqrt(width). The
+matrix rule covers routers (logits near unit variance) and stacked experts or heads. Zeroed
+vectors such as biases and sinks become 0.2 n.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ import zlib
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
+from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 
@@ -58,40 +60,49 @@ def randomise(model: nn.Module, seed: int) -> None:
             f"expected a model with parameters, got {type(model).__name__} without any: "
             "build the model before calling randomise"
         )
-    norms = {path for path, module in model.named_modules() if "norm" in _class_name(module)}
-    fresh = [(path, _draw(path, value, norms, seed)) for path, value in parameters]
+    owners: dict[str, nn.Module] = dict(model.named_modules())
+    fresh = []
+    for path, initial in parameters:
+        key = mx.random.key(seed ^ zlib.crc32(path.encode()))
+        owner = owners.get(path.rpartition(".")[0])
+        fresh.append((path, _draw(path, owner, initial, key)))
     model.update(tree_unflatten(fresh))
     mx.eval(model.parameters())
 
 
-def _class_name(module: Any) -> str:
-    return type(module).__name__.lower()
-
-
-def _draw(path: str, initial: mx.array, norms: set[str], seed: int) -> mx.array:
-    key = mx.random.key(seed ^ zlib.crc32(path.encode()))
-    shape, dtype = initial.shape, initial.dtype
-    if not mx.issubdtype(dtype, mx.floating):
-        if mx.issubdtype(dtype, mx.unsignedinteger):
-            return mx.random.bits(shape, width=4, key=key).astype(dtype)
-        return initial
-    owner, _, leaf = path.rpartition(".")
+def _draw(path: str, owner: nn.Module | None, initial: mx.array, key: mx.array) -> mx.array:
+    shape = initial.shape
+    if not mx.issubdtype(initial.dtype, mx.floating):
+        return _random_bits(initial, key)
     normal = mx.random.normal(shape, key=key)
+    leaf = path.rpartition(".")[2]
     if leaf == "A_log":
         return mx.log(mx.random.uniform(0.05, 1.0, shape, key=key))
     if leaf == "dt_bias" or path.endswith("dt_proj.bias"):
         return -1.0 + 0.5 * normal
     if leaf == "recurrent_param":
         return -3.0 + 0.5 * normal
+    if isinstance(owner, nn.Embedding):
+        return 0.5 * normal
     start = initial.astype(mx.float32)
     if initial.size == 1:
         return mx.where(start == 0, 0.5 + 0.1 * normal, start * (1.0 + 0.2 * normal))
     if initial.size == max(shape):
         return start + 0.2 * normal
-    if bool(mx.all(start == start.flatten()[0])):
-        if start.flatten()[0].item() != 0:
+    first = start.flatten()[0]
+    if mx.all(start == first).item():
+        if first.item() != 0:
             return start + 0.2 * normal
-        if owner in norms:
+        if "norm" in type(owner).__name__.lower():
             return normal
     fan_in = shape[-2] if shape[-1] == 1 else shape[-1]
     return normal / math.sqrt(fan_in)
+
+
+def _random_bits(initial: mx.array, key: mx.array) -> mx.array:
+    """Random bytes for packed (unsigned) weights; index tables and flags stay as they are."""
+    if not mx.issubdtype(initial.dtype, mx.unsignedinteger):
+        return initial
+    *rows, columns = initial.shape
+    count = mx.random.randint(0, 256, (*rows, columns * initial.dtype.size), key=key)
+    return count.astype(mx.uint8).view(initial.dtype)
