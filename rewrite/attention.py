@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .edits import rename_callee, replace, site_comment
+from .edits import receiver_text, rename_callee, replace, site_comment
 from .ir import Edit, Evidence, Match, Method, Miss, Site, Value
 from .match import Attend, Flow, Mixer, flow, live, method_call
 
@@ -66,7 +66,7 @@ def attention_match(mixer: Mixer, kind: str, parts: Sequence[Sites]) -> Match:
         kind,
         "kernel",
         mixer.cls.qualified,
-        _features(mixer),
+        _features(mixer, bool(sites)),
         tuple(evidence),
         sites,
         tuple(edit for part in parts for edit in part.edits),
@@ -91,11 +91,10 @@ def is_plain_mask(mask: Value) -> bool:
 
 def _drop_cast(mixer: Mixer, call: Value, kind: str) -> Edit:
     """Pages keep their dtype; attention computes in the wider of the queries' and the pages'."""
-    receiver = call.args[0].args[0]
-    return replace(mixer.source, call.span, mixer.source.text(receiver.span), kind)
+    return replace(mixer.source, call.span, receiver_text(mixer.source, call), kind)
 
 
-def _features(mixer: Mixer) -> tuple[str, ...]:
+def _features(mixer: Mixer, attends: bool) -> tuple[str, ...]:
     found = set()
     for attend in mixer.attends:
         if attend.sinks is not None and attend.sinks.op != "const":
@@ -105,6 +104,6 @@ def _features(mixer: Mixer) -> tuple[str, ...]:
     for fetch in mixer.fetches:
         if method_call(fetch.call, "keys_and_values") is not None:
             found.add("reads what another layer wrote")
-    if mixer.fetches and not mixer.attends:
+    if mixer.fetches and not attends:
         found.add("fetches for others")
     return tuple(sorted(found))

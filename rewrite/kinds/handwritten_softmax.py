@@ -11,9 +11,9 @@ Becomes     one call of `paged_attention` in the place of the second product; th
 from __future__ import annotations
 
 from ..attention import attend_sites, attention_match, fetched_flow, Sites
-from ..edits import replace, site_comment
+from ..edits import names_before, replace, site_comment, spell
 from ..ir import Edit, Match, Method, Miss, Site, Span, Value
-from ..match import Flow, Mixer, every_value, library_call, live
+from ..match import Flow, Mixer, arguments, every_value, live
 from ..softmax import Spelled, spelled_attention
 from . import Counter, Example
 
@@ -42,7 +42,10 @@ def match(mixer: Mixer) -> Match | Miss:
             parts.append(made)
             written += 1
         for call, spelled in called:
-            parts.append(_replace_call(mixer, method, call, spelled))
+            made = _replace_call(mixer, method, call, spelled)
+            if isinstance(made, Miss):
+                return made
+            parts.append(made)
             written += 1
         here = attend_sites(mixer, method, found, NAME)
         if isinstance(here, Miss):
@@ -94,25 +97,45 @@ def _all_parameters(spelled: Spelled) -> bool:
     return all(part.op == "param" for part in parts)
 
 
-def _replace_call(mixer: Mixer, method: Method, call: Value, spelled: Spelled) -> Sites:
+def _replace_call(
+    mixer: Mixer, method: Method, call: Value, spelled: Spelled
+) -> Sites | Miss:
     function = mixer.program.function_of(call.args[0].data)
     assert function is not None
-    names = [parameter.name for parameter in function.function.parameters]
-    given: dict[str, Value] = {}
-    for position, (keyword, value) in enumerate(zip(call.data, call.args[1:], strict=True)):
-        given[keyword or names[position]] = value
-
-    def text(part: Value | None, default: str) -> str:
-        return mixer.source.text(given[part.data[1]].span) if part is not None else default
-
-    arguments = [text(part, "") for part in (spelled.queries, spelled.keys, spelled.values)]
-    arguments.append(f"scale={text(spelled.scale, '1.0')}")
-    arguments.append(f"mask={text(spelled.mask, 'None')}")
-    if spelled.softcap is not None:
-        arguments.append(f"softcap={text(spelled.softcap, '')}")
-    new = f"paged_attention({', '.join(arguments)})"
+    order = [parameter.name for parameter in function.function.parameters]
+    given = arguments(call, order)
+    names = names_before(method, call)
+    roles = {
+        "queries": spelled.queries,
+        "keys": spelled.keys,
+        "values": spelled.values,
+        "scale": spelled.scale,
+        "mask": spelled.mask,
+        "softcap": spelled.softcap,
+    }
+    texts: dict[str, str] = {}
+    for role, part in roles.items():
+        if part is None:
+            continue
+        value = given.get(part.data[1])
+        text = spell(mixer.source, value, names) if value is not None else None
+        if text is None:
+            return Miss(NAME, 2, f"the {role} of the call can be named", mixer.place(call))
+        texts[role] = text
+    if "mask" not in texts:
+        return Miss(NAME, 2, "scores are masked", mixer.place(call))
+    new = f"{texts['queries']}, {texts['keys']}, {texts['values']}, "
+    new += f"scale={texts.get('scale', '1.0')}, mask={texts['mask']}"
+    if "softcap" in texts:
+        new += f", softcap={texts['softcap']}"
     effect = next(e for e in method.calls() if e.value is call)
-    return _site(mixer, call, [replace(mixer.source, call.span, new, NAME)], effect.statement.span)
+    edit = replace(mixer.source, call.span, f"paged_attention({new})", NAME)
+    return _site(mixer, call, [edit], effect.statement.span)
+
+
+def _named(value: Value, names: dict[str, Value]) -> str | None:
+    wanted = live(value)
+    return next((name for name, held in names.items() if live(held) is wanted), None)
 
 
 def _site(mixer: Mixer, value: Value, edits: list[Edit], statement: Span) -> Sites:
@@ -145,22 +168,26 @@ def _replace_inline(
         for effect in method.effects
     ):
         return Miss(NAME, 2, "nothing is stored between the products", mixer.place(product))
-    before = method.before[body[first].span.start]
-    named = {id(live(value)): name for name, value in before.items()}
-    queries, scale = named.get(id(spelled.raw_queries)), "1.0"
-    if queries is None and spelled.scale is not None:
-        queries = named.get(id(spelled.queries))
-        scale = mixer.source.text(spelled.scale.span)
-    keys, values = (named.get(id(part)) for part in (spelled.raw_keys, spelled.raw_values))
-    mask = named.get(id(spelled.mask)) if spelled.mask is not None else "None"
-    if queries is None or keys is None or values is None or mask is None:
-        return Miss(NAME, 2, "queries, keys, values and mask have names", mixer.place(product))
     if spelled.mask is None:
         return Miss(NAME, 2, "scores are masked", mixer.place(product))
-    arguments = f"{queries}, {keys}, {values}, scale={scale}, mask={mask}"
+    names = method.before[body[first].span.start]
+
+    def text(value: Value | None) -> str | None:
+        return spell(mixer.source, value, names) if value is not None else None
+
+    queries, scale = _named(spelled.raw_queries, names), "1.0"
+    if queries is None and spelled.scale is not None:
+        queries, scale = _named(spelled.queries, names), text(spelled.scale) or ""
+    parts = (queries, text(spelled.raw_keys), text(spelled.raw_values), text(spelled.mask))
+    if None in parts or not scale:
+        return Miss(NAME, 2, "queries, keys, values and mask have names", mixer.place(product))
+    arguments_ = f"{parts[0]}, {parts[1]}, {parts[2]}, scale={scale}, mask={parts[3]}"
     if spelled.softcap is not None:
-        arguments += f", softcap={mixer.source.text(spelled.softcap.span)}"
-    edits = [replace(mixer.source, product.span, f"paged_attention({arguments})", NAME)]
+        softcap = text(spelled.softcap)
+        if softcap is None:
+            return Miss(NAME, 2, "the cap can be named", mixer.place(product))
+        arguments_ += f", softcap={softcap}"
+    edits = [replace(mixer.source, product.span, f"paged_attention({arguments_})", NAME)]
     if first < last:
         start = mixer.source.line_start(body[first].span.start)
         end = mixer.source.line_start(body[last].span.start)

@@ -10,7 +10,7 @@ Becomes     `paged_attention` on the keys as cached; the head order is an argume
 from __future__ import annotations
 
 from ..attention import attention_match, attend_sites, fetched_flow
-from ..edits import insert, replace
+from ..edits import add_argument, argument_text, replace
 from ..ir import Edit, Match, Miss, Value
 from ..match import Flow, Mixer, library_call
 from . import Counter, Example
@@ -46,7 +46,7 @@ def match(mixer: Mixer) -> Match | Miss:
         edits = [_unrepeat(mixer, value) for value in found.foreign]
         if "tile" in orders.values():
             edits += [
-                insert(attend.call.args[-1].span.end, ", tiled_heads=True", NAME)
+                add_argument(attend.call, "tiled_heads=True", NAME)
                 for attend in mixer.attends
                 if attend.method is method
             ]
@@ -71,7 +71,7 @@ def _order(mixer: Mixer, value: Value) -> str | None:
 
 
 def _unrepeat(mixer: Mixer, call: Value) -> Edit:
-    return replace(mixer.source, call.span, mixer.source.text(call.args[1].span), NAME)
+    return replace(mixer.source, call.span, argument_text(mixer.source, call, 0), NAME)
 
 
 _TILED = _PLAIN.replace("        y = ", "        k, v = mx.tile(k, [1, 4, 1, 1]), mx.tile(v, [1, 4, 1, 1])\n        y = ")

@@ -222,7 +222,7 @@ class _Evaluator:
                 return self.attribute(self.value(expr.args[0]), expr.data, expr.span)
             case "call":
                 args = tuple(self.value(part) for part in expr.args)
-                call = Value("call", args, expr.data, expr.span)
+                call = Value("call", args, expr.data, expr.span, expr)
                 self.effect("call", call)
                 return call
             case "subscript":

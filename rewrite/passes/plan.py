@@ -1,0 +1,264 @@
+"""From judgements to edits: the route of a file, and every byte that changes in it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+from ..drivers import driver_edits
+from ..edits import decorate, insert, replace, site_comment
+from ..heads import last_rows_edit
+from ..ir import ClassFacts, Diagnostic, Edit, Import, Match, ModuleFacts, Plan, Refusal
+from ..match import place
+from ..program import Program
+from .facts import absolute_module
+
+Judgements = Mapping[str, Match | Refusal]
+
+# Cache classes that the runtime has specs for.
+CACHES = frozenset(
+    f"mlx_lm.models.cache.{name}"
+    for name in (
+        "KVCache",
+        "RotatingKVCache",
+        "ChunkedKVCache",
+        "ConcatenateKVCache",
+        "ArraysCache",
+        "CacheList",
+    )
+)
+_RUNTIME_CACHES = "mlxrewrite.runtime.caches"
+_CACHE_MODULE = "mlx_lm.models.cache"
+_SITES = "mlxrewrite.runtime.sites"
+_WORST = ("kernel", "gathered", "per-sequence")
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Verdict:
+    """How one file is run: token-major, the whole model once per sequence, or not at all."""
+
+    mode: str  # "sites" | "model" | "none"
+    entry: ClassFacts | None
+    reasons: tuple[Diagnostic, ...]  # why not token-major
+
+
+def verdict(program: Program, module: ModuleFacts, judgements: Judgements) -> Verdict:
+    """Decide the mode of a file from everything its entry class is built from."""
+    entry = entry_class(program, module)
+    if entry is None:
+        return Verdict("none", None, ())
+    reasons: list[Diagnostic] = []
+    reachable = program.reachable(entry)
+    own = {cls.qualified: cls for cls in module.classes.values()}
+    for name in {**reachable, **own}:
+        judged = judgements.get(name)
+        if isinstance(judged, Refusal):
+            reasons += judged.diagnostics
+    for cls in {**reachable, **own}.values():
+        reasons += _foreign_caches(program, cls)
+    return Verdict("model" if reasons else "sites", entry, tuple(_unique(reasons)))
+
+
+def entry_class(program: Program, module: ModuleFacts) -> ClassFacts | None:
+    """The class `Model`, which mlx_lm's loader asks a module for, wherever it is defined."""
+    bound = module.names.get("Model")
+    return program.class_of(bound.data) if bound is not None else None
+
+
+def plan(
+    program: Program,
+    module: ModuleFacts,
+    judgements: Judgements,
+    verdicts: Mapping[str, Verdict],
+    targets: Collection[str],
+) -> Plan:
+    """All edits of one file. `targets` are the modules that get a generated file."""
+    name = module.source.module
+    own = verdicts.get(name, Verdict("none", None, ()))
+    matches = [
+        judged
+        for cls in module.classes.values()
+        if isinstance(judged := judgements.get(cls.qualified), Match)
+    ]
+    refusals = [
+        judged
+        for cls in module.classes.values()
+        if isinstance(judged := judgements.get(cls.qualified), Refusal)
+    ]
+    if own.mode == "none":
+        return Plan(name, "none", (), tuple(refusals), (), ())
+    if own.mode == "model":
+        return _whole_model_plan(program, module, own, refusals, verdicts, targets)
+    edits = [edit for match in matches for edit in match.edits]
+    drivers = driver_edits(program, module, _per_sequence_classes(matches))
+    edits += drivers.edits
+    rows = last_rows_edit(program, module, own.entry) if own.entry is not None else None
+    names = {item for match in matches for item in match.imports} | set(drivers.imports)
+    if rows is not None:
+        edits.append(rows)
+        names.add("last_rows")
+    edits += _import_edits(program, module, targets, verdicts, paged=True)
+    edits += _new_imports(module, names)
+    route = _route(program, own, judgements)
+    return Plan(name, route, tuple(matches), tuple(refusals), drivers.notes, _sorted(edits))
+
+
+def _whole_model_plan(
+    program: Program,
+    module: ModuleFacts,
+    own: Verdict,
+    refusals: list[Refusal],
+    verdicts: Mapping[str, Verdict],
+    targets: Collection[str],
+) -> Plan:
+    """The original text; the entry's forward runs once per sequence."""
+    name = module.source.module
+    notes = tuple(own.reasons)
+    entry = own.entry
+    assert entry is not None
+    edits = _import_edits(program, module, targets, verdicts, paged=False)
+    forward = entry.methods.get("__call__") if entry.module == name else None
+    if forward is not None:
+        source = module.source
+        text = "the whole model runs once per sequence, over that sequence's own caches"
+        edits.append(site_comment(source, forward.function.span, text, "per_sequence_model"))
+        edits.append(decorate(source, forward, "per_sequence_model", "per_sequence_model"))
+        edits += _new_imports(module, {"per_sequence_model"})
+    elif _inherits_paged_forward(program, entry, name, verdicts):
+        where = place(module.source, entry.syntax.name_span)
+        message = f"`{entry.name}` inherits its forward method from a file that is rewritten"
+        refusal = Refusal(entry.qualified, (Diagnostic("sibling", message, where),))
+        return Plan(name, "refused", (), (*refusals, refusal), notes, ())
+    return Plan(name, "model", (), tuple(refusals), notes, _sorted(edits))
+
+
+def _inherits_paged_forward(
+    program: Program, entry: ClassFacts, name: str, verdicts: Mapping[str, Verdict]
+) -> bool:
+    found = program.method(entry, "__call__")
+    if found is None or found[0].module == name:
+        return False
+    other = verdicts.get(found[0].module)
+    return other is None or other.mode != "model"
+
+
+def _route(program: Program, own: Verdict, judgements: Judgements) -> str:
+    """The worst route among the classes the entry is built from."""
+    assert own.entry is not None
+    routes = {
+        judged.route
+        for name in program.reachable(own.entry)
+        if isinstance(judged := judgements.get(name), Match)
+    }
+    return max(routes, key=_WORST.index) if routes else "none"
+
+
+def _per_sequence_classes(matches: Iterable[Match]) -> frozenset[str]:
+    return frozenset(match.class_name for match in matches if match.route == "per-sequence")
+
+
+def _foreign_caches(program: Program, cls: ClassFacts) -> Iterable[Diagnostic]:
+    """Caches made by a `make_cache` of the class that the runtime has no spec for."""
+    method = cls.methods.get("make_cache")
+    if method is None:
+        return
+    for effect in method.calls():
+        callee = effect.value.args[0]
+        if callee.op != "global":
+            continue
+        name = program.resolve(callee.data)
+        known = name in CACHES or name.startswith("builtins.")
+        if not known and (program.class_of(name) is not None):
+            where = place(program.modules[cls.module].source, effect.value.span)
+            message = f"make_cache makes a `{name.rsplit('.', 1)[-1]}`"
+            yield Diagnostic("cache-class", message, where, "the runtime has no spec for it")
+
+
+# --------------------------------------------------------------------------- imports
+
+
+def _import_edits(
+    program: Program,
+    module: ModuleFacts,
+    targets: Collection[str],
+    verdicts: Mapping[str, Verdict],
+    *,
+    paged: bool,
+) -> list[Edit]:
+    """Relative imports name what they mean: a generated sibling, or the upstream module."""
+    source = module.source
+    edits: list[Edit] = []
+    for statement in module.imports:
+        if statement.alias is not None:
+            continue
+        base = absolute_module(statement, source.module, is_package=source.is_package)
+        if base == _CACHE_MODULE:
+            new = _RUNTIME_CACHES if paged else base
+            if new != source.text(statement.module_span):
+                edits.append(replace(source, statement.module_span, new, "import"))
+            continue
+        if statement.level and not statement.module:
+            edits += _from_package(statement, module, base, targets)
+            continue
+        if base in targets and _redirects(verdicts, base, paged):
+            if not statement.level:
+                relative = _relative(source.module, base)
+                edits.append(replace(source, statement.module_span, relative, "import"))
+            continue
+        if statement.level:
+            edits.append(replace(source, statement.module_span, base, "import"))
+    return edits
+
+
+def _redirects(verdicts: Mapping[str, Verdict], base: str, paged: bool) -> bool:
+    """A whole-model file takes siblings only from whole-model files: those are the originals."""
+    other = verdicts.get(base)
+    return other is not None and (paged or other.mode == "model")
+
+
+def _from_package(
+    statement: Import, module: ModuleFacts, base: str, targets: Collection[str]
+) -> list[Edit]:
+    """`from . import a, b`: stays if all are generated, else each name goes to its own place."""
+    source = module.source
+    inside = [f"{base}.{imported}" in targets for _, imported in statement.names]
+    if all(inside):
+        return []
+    lines = []
+    for (local, imported), own in zip(statement.names, inside, strict=True):
+        alias = f" as {local}" if local != imported else ""
+        lines.append(f"from {'.' if own else base} import {imported}{alias}")
+    return [replace(source, statement.span, "\n".join(lines), "import")]
+
+
+def _relative(module: str, target: str) -> str:
+    here, there = module.split("."), target.split(".")
+    shared = 0
+    while shared < min(len(here) - 1, len(there)) and here[shared] == there[shared]:
+        shared += 1
+    return "." * (len(here) - shared) + ".".join(there[shared:])
+
+
+def _new_imports(module: ModuleFacts, names: Collection[str]) -> list[Edit]:
+    """The runtime's names, one import each module, after the file's last top-level import."""
+    if not names:
+        return []
+    source = module.source
+    top = [s for s in module.module.body if isinstance(s, Import)]
+    offset = source.line_end(top[-1].span.end - 1) if top else 0
+    text = ""
+    ropes = sorted(set(names) & {"initialize_rope"})
+    sites = sorted(set(names) - {"initialize_rope"})
+    if ropes:
+        text += "from mlxrewrite.runtime.rope import initialize_rope\n"
+    if sites:
+        text += f"from {_SITES} import {', '.join(sites)}\n"
+    return [insert(offset, text, "import")]
+
+
+def _sorted(edits: Iterable[Edit]) -> tuple[Edit, ...]:
+    return tuple(sorted(edits, key=lambda edit: (edit.span.start, edit.span.end)))
+
+
+def _unique(diagnostics: Iterable[Diagnostic]) -> list[Diagnostic]:
+    return list(dict.fromkeys(diagnostics))

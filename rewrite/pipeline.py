@@ -1,0 +1,143 @@
+"""The compiler, from source to generated file. Reads as a table of contents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from .diagnostics import error
+from .ir import Diagnostic, Emitted, Match, ModuleFacts, Place, Refusal
+from .passes.classify import classify
+from .passes.emit import emit
+from .passes.facts import absolute_module, facts
+from .passes.parse import ParseError, parse
+from .passes.plan import Verdict, plan, verdict
+from .passes.verify import verify
+from .program import Program
+from .sources import Package, installed_package
+
+# Packages whose modules are read for what they do, wherever they are imported from.
+_READ = ("mlx_lm.models.", "mlx_vlm.models.")
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """The outcome for one module."""
+
+    module: str
+    emitted: Emitted | None
+    errors: tuple[Diagnostic, ...]
+    inputs: tuple[tuple[str, str], ...]  # modules read and their hashes
+
+
+@dataclass(eq=False)
+class Compiler:
+    """Compiles modules of one package, one at a time, and remembers what they share."""
+
+    package: Package
+    facts: dict[str, ModuleFacts | None] = field(default_factory=dict)
+    judgements: dict[str, dict[str, Match | Refusal]] = field(default_factory=dict)
+    failures: dict[str, Diagnostic] = field(default_factory=dict)
+    targets: frozenset[str] = frozenset()
+
+    def compile(self, name: str) -> Compiled:
+        """One module, with everything it imports from the package."""
+        module = self.load(name)
+        if module is None:
+            return Compiled(name, None, (self.failures[name],), ())
+        reached = self.closure(name)
+        program = Program({m.source.module: m for m in reached})
+        judged = {m.source.module: self.judge(program, m) for m in reached}
+        merged = {cls: verdict_ for group in judged.values() for cls, verdict_ in group.items()}
+        verdicts = self.verdicts(program, reached, merged)
+        planned = plan(program, module, merged, verdicts, self.generated(reached))
+        emitted = emit(module, planned, self.package.upstream)
+        problems = verify(module, planned, emitted)
+        inputs = tuple(sorted((m.source.module, m.source.sha256) for m in reached))
+        return Compiled(name, emitted if not problems else None, problems, inputs)
+
+    def load(self, name: str) -> ModuleFacts | None:
+        """Source, syntax and facts of a module; None (and a failure) if it cannot be read."""
+        if name not in self.facts:
+            self.facts[name] = self._load(name)
+        return self.facts[name]
+
+    def _load(self, name: str) -> ModuleFacts | None:
+        package = self.package if _inside(name, self.package.name) else installed_package(name)
+        try:
+            source = package.read(name) if package is not None else None
+            if source is None:
+                self.failures[name] = error("unreadable", f"{name}: no such module")
+                return None
+            return facts(parse(source))
+        except ParseError as problem:
+            line = problem.source.line_text(problem.line)
+            column = problem.column
+            where = Place(problem.source.path, problem.line, column, column + 1, line)
+            self.failures[name] = error("syntax", problem.message, where)
+        except OSError as problem:
+            reason = problem.strerror or str(problem)
+            self.failures[name] = error("unreadable", f"{name}: {reason}")
+        return None
+
+    def closure(self, name: str) -> list[ModuleFacts]:
+        """The module and all modules it imports that we read, the module first."""
+        found: dict[str, ModuleFacts] = {}
+        queue = [name]
+        while queue:
+            current = queue.pop(0)
+            module = self.load(current) if current not in found else None
+            if module is None:
+                continue
+            found[current] = module
+            queue += self.imports(module)
+        return list(found.values())
+
+    def imports(self, module: ModuleFacts) -> list[str]:
+        source = module.source
+        names: list[str] = []
+        for statement in module.imports:
+            if statement.alias is not None:
+                candidates = [statement.module]
+            else:
+                base = absolute_module(statement, source.module, is_package=source.is_package)
+                candidates = [base, *(f"{base}.{imported}" for _, imported in statement.names)]
+            names += [name for name in candidates if self.is_read(name)]
+        return names
+
+    def is_read(self, name: str) -> bool:
+        if _inside(name, self.package.name):
+            return self.package.path_of(name) is not None
+        if not name.startswith(_READ):
+            return False
+        package = installed_package(name)
+        return package is not None and package.path_of(name) is not None
+
+    def judge(self, program: Program, module: ModuleFacts) -> dict[str, Match | Refusal]:
+        name = module.source.module
+        if name not in self.judgements:
+            # A module's closure is part of every closure it is in: the program knows enough.
+            self.judgements[name] = classify(program, module) if is_model(module) else {}
+        return self.judgements[name]
+
+    def generated(self, modules: Iterable[ModuleFacts]) -> frozenset[str]:
+        """Modules that get a generated file."""
+        return frozenset(
+            m.source.module
+            for m in modules
+            if is_model(m) and _inside(m.source.module, self.package.name)
+        )
+
+    def verdicts(
+        self, program: Program, modules: list[ModuleFacts], judged: dict[str, Match | Refusal]
+    ) -> dict[str, Verdict]:
+        return {m.source.module: verdict(program, m, judged) for m in modules if is_model(m)}
+
+
+def is_model(module: ModuleFacts) -> bool:
+    """A module that mlx_lm's loader can ask for a model: it has a class `Model`."""
+    return "Model" in module.names
+
+
+def _inside(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
