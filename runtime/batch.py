@@ -1,0 +1,71 @@
+"""One step's batch: rows of several sequences, their positions, and where their keys lie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import mlx.core as mx
+import numpy as np
+
+from .gathered import Ragged
+from .ragged import Rows
+
+
+class Originals(Protocol):
+    """The original caches of each sequence, for mixers that run once per sequence."""
+
+    def of(self, sequence: int) -> list[Any]:
+        """The sequence's caches, in the structure of the model's cache list."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """Everything the sites of one step share; built once, before the model runs.
+
+    ids [T, 1] int32; positions [T] int32, the same array object for every layer; `rows` says which
+    rows are whose; `wanted` are the S rows whose logits are wanted, `logit_rows` [S] int32 the same
+    as an array, None for all rows; `ragged` holds the block metadata of each group of layers (None
+    for a group that pages nothing); `originals` the per-sequence caches; `serial` counts steps.
+    """
+
+    ids: mx.array
+    positions: mx.array
+    rows: tuple[Rows, ...]
+    wanted: tuple[int, ...]
+    logit_rows: mx.array | None
+    ragged: tuple[Ragged | None, ...]
+    originals: Originals
+    serial: int
+
+    @property
+    def num_rows(self) -> int:
+        return self.rows[-1].stop
+
+    @property
+    def num_logits(self) -> int:
+        return len(self.wanted)
+
+
+def row_ids(tokens: Sequence[Sequence[int] | mx.array]) -> mx.array:
+    """All tokens below each other, [T, 1] int32. Arrays may be unevaluated and stay so."""
+    arrays: list[mx.array] = []
+    known: list[int] = []
+    for part in tokens:
+        if isinstance(part, mx.array):
+            if known:
+                arrays.append(mx.array(known, mx.int32))
+                known = []
+            arrays.append(part.reshape(-1).astype(mx.int32))
+        else:
+            known.extend(part)
+    if known:
+        arrays.append(mx.array(known, mx.int32))
+    return (arrays[0] if len(arrays) == 1 else mx.concatenate(arrays))[:, None]
+
+
+def row_positions(rows: Sequence[Rows]) -> mx.array:
+    """[T] int32."""
+    spans = [np.arange(r.position, r.position + r.length, dtype=np.int32) for r in rows]
+    return mx.array(np.concatenate(spans))

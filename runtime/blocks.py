@@ -1,0 +1,93 @@
+"""Blocks of a pool: which are free, who holds the others, and each sequence's table of them."""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from .caches import Retention
+from .errors import OutOfBlocks
+
+
+class BlockAllocator:
+    """Hands out block numbers, lowest first, and counts references.
+
+    Lowest first keeps a lone sequence contiguous, which the gathered route turns into a slice.
+    With `shuffle_seed` the order is random but repeatable: for tests.
+    """
+
+    def __init__(self, num_blocks: int, shuffle_seed: int | None = None) -> None:
+        if num_blocks < 1:
+            raise ValueError(f"expected at least one block, got {num_blocks}")
+        self.num_blocks = num_blocks
+        self._free = list(range(num_blocks))
+        self._references = [0] * num_blocks
+        self._random = None if shuffle_seed is None else random.Random(shuffle_seed)
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def allocate(self, count: int) -> list[int]:
+        """`count` blocks with one reference each. Raises OutOfBlocks and changes nothing."""
+        if count > len(self._free):
+            raise OutOfBlocks(f"needs {count} blocks, {len(self._free)} are free")
+        blocks = [self._take() for _ in range(count)]
+        for block in blocks:
+            self._references[block] = 1
+        return blocks
+
+    def _take(self) -> int:
+        if self._random is None:
+            return heapq.heappop(self._free)
+        chosen = self._random.randrange(len(self._free))
+        self._free[chosen], self._free[-1] = self._free[-1], self._free[chosen]
+        return self._free.pop()
+
+    def share(self, blocks: Iterable[int]) -> None:
+        """One more reference to each block."""
+        for block in blocks:
+            if self._references[block] < 1:
+                raise ValueError(f"block {block} is free and cannot be shared")
+            self._references[block] += 1
+
+    def release(self, blocks: Iterable[int]) -> list[int]:
+        """One reference less to each block; returns those that nobody holds any more."""
+        freed = []
+        for block in blocks:
+            if self._references[block] < 1:
+                raise ValueError(f"block {block} is free already")
+            self._references[block] -= 1
+            if self._references[block] == 0:
+                freed.append(block)
+                if self._random is None:
+                    heapq.heappush(self._free, block)
+                else:
+                    self._free.append(block)
+        return freed
+
+
+@dataclass(slots=True)
+class BlockTable:
+    """One sequence's blocks in one group of layers.
+
+    `dropped` leading blocks were released since no later row can see them; `blocks[i]` holds the
+    positions from `(dropped + i) * block_size`.
+    """
+
+    blocks: list[int] = field(default_factory=list)
+    dropped: int = 0
+
+    def missing(self, length: int, block_size: int) -> int:
+        """Blocks to add so that positions below `length` have a place."""
+        return max(0, -(-length // block_size) - self.dropped - len(self.blocks))
+
+    def drop_unseen(self, length: int, block_size: int, retention: Retention) -> list[int]:
+        """Take out the blocks that rows from position `length` on cannot see."""
+        count = retention.first_needed(length) // block_size - self.dropped
+        count = min(max(count, 0), len(self.blocks))
+        gone, self.blocks = self.blocks[:count], self.blocks[count:]
+        self.dropped += count
+        return gone

@@ -1,0 +1,324 @@
+"""PagedCache: the caches of many sequences of one model, and the step that runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from . import batch as batches
+from . import gathered as ops
+from .batch import Batch
+from .blocks import BlockAllocator, BlockTable
+from .caches import KVCache, Retention, Spec
+from .errors import OutOfBlocks, RuntimeRefusal, UnknownSequence
+from .pools import Pool
+from .ragged import Rows
+from .views import VIEWS, ForeignView, Leaf, ListView, StateView, View
+
+Tokens = Sequence[int] | mx.array
+LogitRows = Literal["last", "all"] | Mapping[int, Sequence[int]]
+
+
+@dataclass(slots=True, eq=False)
+class _Sequence:
+    tables: list[BlockTable]
+    length: int = 0
+    broken: bool = False
+    originals: list[Any] | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Group:
+    """Layers with equal retention: they share block tables and an allocator."""
+
+    retention: Retention
+    allocator: BlockAllocator
+    leaves: list[Leaf] = field(default_factory=list)
+    unused: bool = False
+
+
+class _Originals:
+    """Makes each sequence's original caches when a mixer first asks for them."""
+
+    def __init__(self, cache: PagedCache) -> None:
+        self._cache = cache
+
+    def of(self, sequence: int) -> list[Any]:
+        return self._cache._originals_of(sequence)
+
+
+class PagedCache:
+    """Paged caches of a rewritten model and the sequences in them.
+
+    `num_blocks` blocks of `block_size` positions for every group of layers with equal retention, or
+    a number for each retention. Pools take the type of the keys unless `dtype` is given. `poison`
+    and `shuffle_seed` are for tests: NaN in blocks that nobody holds, blocks in random order.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        block_size: int = 16,
+        *,
+        num_blocks: int | Mapping[Retention, int] = 512,
+        dtype: mx.Dtype | None = None,
+        poison: bool = False,
+        shuffle_seed: int | None = None,
+    ) -> None:
+        if block_size < 1:
+            raise RuntimeRefusal(f"block size: expected at least 1, got {block_size}")
+        self.model = model
+        self.block_size = block_size
+        self.specs = cache_specs(model)
+        self._num_blocks = num_blocks
+        self._dtype = dtype
+        self._poison = poison
+        self._shuffle_seed = shuffle_seed
+        self._groups: list[_Group] = []
+        self._leaves: dict[tuple[int, ...], Leaf] = {}
+        for entry, spec in enumerate(self.specs):
+            self._collect(spec, entry, ())
+        self._sequences: dict[int, _Sequence] = {}
+        self._next_id = 0
+        self._serial = 0
+        self._store = _Originals(self)
+
+    # ------------------------------------------------------------- sequences
+
+    def add_sequence(self) -> int:
+        """A new, empty sequence; returns its id."""
+        name = self._next_id
+        self._next_id += 1
+        self._sequences[name] = _Sequence([BlockTable() for _ in self._groups])
+        return name
+
+    def free(self, sequence: int) -> None:
+        """Forget a sequence and give its blocks back."""
+        state = self._find(sequence)
+        del self._sequences[sequence]
+        for group, table in zip(self._groups, state.tables, strict=True):
+            self._release(group, table.blocks)
+
+    def length(self, sequence: int) -> int:
+        """The number of positions the sequence has."""
+        return self._find(sequence).length
+
+    @property
+    def free_blocks(self) -> dict[Retention, int]:
+        """Free blocks of each group of layers."""
+        return {group.retention: group.allocator.num_free for group in self._groups}
+
+    # ------------------------------------------------------------------ step
+
+    def step(self, tokens: Mapping[int, Tokens], logit_rows: LogitRows = "last") -> mx.array:
+        """Append tokens to sequences and run the model once over all of them.
+
+        `tokens` maps a sequence to its new tokens: a list, or an int array [n] that may be
+        unevaluated. `logit_rows` is "last" (the last new row of each sequence), "all", or the new
+        rows wanted of each sequence (none for sequences that are left out). Returns logits [S, V]
+        in the order of `tokens`. Raises OutOfBlocks before anything is changed.
+        """
+        rows = self._rows(tokens)
+        wanted = self._logit_rows(rows, logit_rows)
+        self._reserve(rows)
+        batch = self._batch(rows, [tokens[part.sequence] for part in rows], wanted)
+        views = [self._view(spec, batch, entry, ()) for entry, spec in enumerate(self.specs)]
+        try:
+            logits = self.model(batch.ids, cache=views)
+        except BaseException:
+            for part in rows:
+                self._sequences[part.sequence].broken = True
+            raise
+        logits = _selected(logits, batch)
+        self._commit(rows)
+        return logits[: len(wanted)] if len(wanted) < logits.shape[0] else logits
+
+    def arrays(self) -> list[mx.array]:
+        """Everything a later step depends on: evaluate it when no logits are."""
+        found = [a for leaf in self._leaves.values() if leaf.pool.made for a in leaf.pool.arrays()]
+        for state in self._sequences.values():
+            for original in state.originals or ():
+                flat = tree_flatten(original.state)
+                found += [value for _, value in flat if isinstance(value, mx.array)]
+        return found
+
+    # --------------------------------------------------------------- details
+
+    def _collect(self, spec: Spec | None, entry: int, path: tuple[int, ...]) -> None:
+        if spec is None:
+            return
+        for index, part in enumerate(spec.parts):
+            self._collect(part, entry, (*path, index))
+        retention = spec.retention
+        if retention is None:
+            return
+        group = next((g for g in self._groups if g.retention == retention), None)
+        if group is None:
+            blocks = self._num_blocks
+            if not isinstance(blocks, int):
+                if retention not in blocks:
+                    raise RuntimeRefusal(f"num_blocks: expected a number for {retention}")
+                blocks = blocks[retention]
+            group = _Group(retention, BlockAllocator(blocks, self._shuffle_seed))
+            self._groups.append(group)
+        pool = Pool(group.allocator.num_blocks, self.block_size, self._dtype, self._poison)
+        leaf = Leaf(spec, retention, self._groups.index(group), entry, path, pool)
+        group.leaves.append(leaf)
+        self._leaves[(entry, *path)] = leaf
+
+    def _find(self, sequence: int) -> _Sequence:
+        state = self._sequences.get(sequence)
+        if state is None:
+            raise UnknownSequence(f"sequence {sequence} was never added, or was freed")
+        return state
+
+    def _rows(self, tokens: Mapping[int, Tokens]) -> tuple[Rows, ...]:
+        if not tokens:
+            raise RuntimeRefusal("step: expected tokens for at least one sequence, got none")
+        rows, start = [], 0
+        for name, new in tokens.items():
+            state = self._find(name)
+            if state.broken:
+                raise UnknownSequence(f"sequence {name} was broken by a failed step: free it")
+            count = new.size if isinstance(new, mx.array) else len(new)
+            if count == 0:
+                raise RuntimeRefusal(f"step: sequence {name} has no new tokens")
+            rows.append(Rows(name, start, count, state.length))
+            start += count
+        return tuple(rows)
+
+    def _logit_rows(self, rows: tuple[Rows, ...], wanted: LogitRows) -> list[int]:
+        if isinstance(wanted, str):
+            if wanted == "last":
+                return [part.stop - 1 for part in rows]
+            if wanted == "all":
+                return list(range(rows[-1].stop))
+            raise RuntimeRefusal(f"logit_rows: expected 'last', 'all' or rows, got {wanted!r}")
+        chosen = []
+        for part in rows:
+            for row in wanted.get(part.sequence, ()):
+                if not 0 <= row < part.length:
+                    raise RuntimeRefusal(
+                        f"logit_rows: sequence {part.sequence} has new rows 0 to "
+                        f"{part.length - 1}, got {row}"
+                    )
+                chosen.append(part.start + row)
+        return chosen
+
+    def _reserve(self, rows: tuple[Rows, ...]) -> None:
+        """Give every new row a place, in all groups or in none."""
+        plan = []
+        for index, group in enumerate(self._groups):
+            if group.unused:
+                continue
+            needs = []
+            for part in rows:
+                table = self._sequences[part.sequence].tables[index]
+                needs.append((table, table.missing(part.end, self.block_size)))
+            total = sum(count for _, count in needs)
+            if total > group.allocator.num_free:
+                raise OutOfBlocks(
+                    f"a step of {rows[-1].stop} rows needs {total} more blocks of "
+                    f"{self.block_size} positions, and {group.allocator.num_free} of "
+                    f"{group.allocator.num_blocks} are free: free a sequence, or make the cache "
+                    "with more blocks"
+                )
+            plan.append((group, needs))
+        for group, needs in plan:
+            for table, count in needs:
+                if count:
+                    table.blocks += group.allocator.allocate(count)
+
+    def _batch(self, rows: tuple[Rows, ...], tokens: list[Tokens], wanted: list[int]) -> Batch:
+        self._serial += 1
+        total = rows[-1].stop
+        # At least one row stays: layers after the selection then never see an empty array.
+        kept = wanted or [total - 1]
+        everything = len(kept) == total and kept == list(range(total))
+        ragged = tuple(
+            ops.build(rows, [self._sequences[r.sequence].tables[i] for r in rows], self.block_size)
+            if not group.unused
+            else None
+            for i, group in enumerate(self._groups)
+        )
+        return Batch(
+            ids=batches.row_ids(tokens),
+            positions=batches.row_positions(rows),
+            rows=rows,
+            wanted=tuple(kept),
+            logit_rows=None if everything else mx.array(np.array(kept, dtype=np.int32)),
+            ragged=ragged,
+            originals=self._store,
+            serial=self._serial,
+        )
+
+    def _view(self, spec: Spec | None, batch: Batch, entry: int, path: tuple[int, ...]) -> View:
+        leaf = self._leaves.get((entry, *path))
+        if leaf is not None:
+            return VIEWS[type(leaf.spec)](leaf, batch)
+        if spec is None:
+            return ForeignView(None, batch, entry, path)
+        if spec.parts:
+            parts = tuple(
+                self._view(part, batch, entry, (*path, i)) for i, part in enumerate(spec.parts)
+            )
+            return ListView(spec, batch, entry, path, parts)
+        return StateView(spec, batch, entry, path)
+
+    def _commit(self, rows: tuple[Rows, ...]) -> None:
+        for part in rows:
+            self._sequences[part.sequence].length = part.end
+        for index, group in enumerate(self._groups):
+            if group.unused:
+                continue
+            if not any(leaf.pool.made for leaf in group.leaves):
+                # Mixers that run once per sequence keep these keys: nothing to page.
+                group.unused = True
+                for state in self._sequences.values():
+                    self._release(group, state.tables[index].blocks)
+                    state.tables[index] = BlockTable()
+                continue
+            for part in rows:
+                table = self._sequences[part.sequence].tables[index]
+                self._release(group, table.drop_unseen(part.end, self.block_size, group.retention))
+
+    def _release(self, group: _Group, blocks: Sequence[int]) -> None:
+        freed = group.allocator.release(blocks)
+        if self._poison:
+            for leaf in group.leaves:
+                leaf.pool.fill_freed(freed)
+
+    def _originals_of(self, sequence: int) -> list[Any]:
+        state = self._find(sequence)
+        if state.originals is None:
+            state.originals = fresh_caches(self.model, self.specs)
+        return state.originals
+
+
+def cache_specs(model: Any) -> list[Spec | None]:
+    """The model's cache list as specs; None for a cache class the model file defines itself."""
+    if not hasattr(model, "make_cache"):
+        return [KVCache() for _ in model.layers]
+    return [entry if isinstance(entry, Spec) else None for entry in model.make_cache()]
+
+
+def fresh_caches(model: Any, specs: Sequence[Spec | None]) -> list[Any]:
+    """Original caches for one sequence, in the structure of the cache list."""
+    own = model.make_cache() if any(spec is None for spec in specs) else []
+    return [own[i] if spec is None else spec.original() for i, spec in enumerate(specs)]
+
+
+def _selected(logits: mx.array, batch: Batch) -> mx.array:
+    """[S or T, 1, V] -> [S, V]."""
+    if logits.shape[0] == batch.num_rows and batch.num_logits != batch.num_rows:
+        logits = logits[batch.logit_rows]
+    if logits.shape[0] != batch.num_logits or logits.shape[1] != 1:
+        raise RuntimeError(
+            f"the model gave logits {list(logits.shape)} for {batch.num_logits} wanted rows"
+        )
+    return logits.squeeze(1)

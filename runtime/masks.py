@@ -1,0 +1,37 @@
+"""Attention masks as values: which earlier positions a row sees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from .opaque import Opaque
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MaskSpec(Opaque):
+    """What upstream's mask array says, without the array.
+
+    A row at position p sees the positions j with j <= p and
+        window  j > p - window
+        chunk   j // chunk == p // chunk
+        prefix  or p < prefix and j < prefix (both directions inside the first `prefix` positions)
+
+    kind "attention" is upstream's `create_attention_mask`, "sequence" its `create_ssm_mask` (all
+    rows are real tokens, since nothing is padded). `path` leads from an entry of the cache list to
+    the part the mask was made from: () for the entry itself, (1,) for the second part of a
+    `CacheList`. `return_array` is what the caller asked for; mixers that run once per sequence get
+    an array or a word accordingly.
+    """
+
+    window: int | None = None
+    chunk: int | None = None
+    prefix: int | None = None
+    return_array: bool = False
+    kind: Literal["attention", "sequence"] = "attention"
+    path: tuple[int, ...] = ()
+
+    _rule: ClassVar[str] = (
+        "a mask of a paged batch is not an array: only `paged_attention` and mixers that run once "
+        "per sequence take it"
+    )

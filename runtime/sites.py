@@ -1,0 +1,129 @@
+"""What a rewritten model file calls: paged attention, masks as values, wanted rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+
+from . import gathered as ops
+from .masks import MaskSpec
+from .per_sequence import per_sequence, per_sequence_model
+from .views import Handle, View, find_view
+
+__all__ = [
+    "chunked_mask",
+    "last_rows",
+    "paged_attention",
+    "paged_mask",
+    "per_sequence",
+    "per_sequence_model",
+    "row_positions",
+    "sequence_mask",
+]
+
+
+def paged_attention(  # noqa: PLR0917 - the order is upstream's
+    queries: mx.array,
+    keys: Handle,
+    values: Handle,
+    cache: Any = None,
+    scale: float | None = None,
+    mask: MaskSpec | None = None,
+    sinks: mx.array | None = None,
+    softcap: float | None = None,
+    tiled_heads: bool = False,
+) -> mx.array:
+    """Attend each row to its own sequence's pages: [T, Hq, 1, Dk] -> [T, Hq, 1, Dv].
+
+    `keys` and `values` are what `update_and_fetch` returned, of this layer or of the one whose keys
+    it shares; `cache` is ignored, since files pass None or another layer's. `softcap` squashes
+    scores to cap * tanh(scores / cap). With `tiled_heads` query head h reads key head h % Hkv
+    instead of h // (Hq / Hkv). The result has the promoted type of queries and pool.
+    """
+    del cache
+    if not (isinstance(keys, Handle) and isinstance(values, Handle)):
+        raise TypeError(
+            "paged_attention: expected what `update_and_fetch` of a paged cache returned, got "
+            f"{type(keys).__name__} and {type(values).__name__}"
+        )
+    leaf = keys.leaf
+    if values.leaf is not leaf or keys.role != "keys" or values.role != "values":
+        raise TypeError(f"paged_attention: {keys!r} and {values!r} are not keys and their values")
+    if not isinstance(mask, MaskSpec) or mask.kind != "attention":
+        raise TypeError(
+            f"paged_attention: expected a mask made by `paged_mask`, got {mask!r}; without one, "
+            "rows would see later positions"
+        )
+    if scale is None:
+        raise TypeError("paged_attention: expected a scale")
+    retention = leaf.retention
+    window, chunk = mask.window, mask.chunk
+    # The mask says what the layer asks for, the cache what is kept: upstream can see no more.
+    if retention.window is not None:
+        window = retention.window if window is None else min(window, retention.window)
+    if retention.chunk is not None and chunk is None:
+        chunk = retention.chunk
+    key_pool, value_pool = leaf.pool.arrays()
+    ragged = keys.batch.ragged[leaf.group]
+    assert ragged is not None  # the write of this step needed it
+    return ops.attention(
+        queries,
+        key_pool,
+        value_pool,
+        ragged,
+        scale=scale,
+        window=window,
+        chunk=chunk,
+        prefix=mask.prefix,
+        sinks=sinks,
+        softcap=softcap,
+        tiled_heads=tiled_heads,
+    )
+
+
+def paged_mask(
+    h: mx.array, cache: Any = None, window_size: int | None = None, return_array: bool = False
+) -> MaskSpec:
+    """`create_attention_mask` as a value: causal, within `window_size` positions if given."""
+    return _view(cache, "paged_mask").make_mask(h.shape[1], window_size, return_array)
+
+
+def chunked_mask(cache: Any, chunk: int) -> MaskSpec:
+    """A row sees the earlier positions of its own chunk of `chunk` positions."""
+    return MaskSpec(chunk=chunk, path=_view(cache, "chunked_mask").path)
+
+
+def sequence_mask(h: mx.array, cache: Any = None) -> MaskSpec:
+    """`create_ssm_mask` as a value: no row is padding."""
+    del h
+    return MaskSpec(kind="sequence", path=_view(cache, "sequence_mask").path)
+
+
+def last_rows(h: mx.array, cache: Any, axis: int = 0) -> mx.array:
+    """Keep the rows whose logits are wanted: T -> S along `axis`. Harmless when done already."""
+    view = find_view(cache)
+    if view is None or (rows := view.batch.logit_rows) is None:
+        return h
+    batch = view.batch
+    if h.shape[axis] == batch.num_logits:
+        return h
+    if h.shape[axis] != batch.num_rows:
+        raise TypeError(
+            f"last_rows: expected {batch.num_rows} rows along axis {axis}, got {list(h.shape)}"
+        )
+    return mx.take(h, rows, axis=axis)
+
+
+def row_positions(offset: mx.array) -> mx.array:
+    """Positions [T] as [T, 1, 1, 1], to compute with beside [T, heads, 1, width]."""
+    return offset.reshape(-1, 1, 1, 1)
+
+
+def _view(cache: Any, name: str) -> View:
+    if not isinstance(cache, View):
+        raise TypeError(
+            f"{name}: a rewritten model runs on paged caches, got {type(cache).__name__}; run it "
+            "through mlxrewrite.runtime"
+        )
+    return cache

@@ -1,0 +1,212 @@
+"""Views: what a rewritten model gets in place of its caches, bound to one step's batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, NoReturn
+
+import mlx.core as mx
+
+from . import caches
+from .batch import Batch
+from .caches import Retention, Spec
+from .masks import MaskSpec
+from .opaque import Opaque
+from .pools import Pool
+
+
+@dataclass(slots=True, eq=False)
+class Leaf:
+    """One paged entry of the cache list, for the life of a `PagedCache`.
+
+    `group` is the index of the layers that share its block tables. The pool is made when the first
+    keys arrive, since only they tell its shape; None still, later, means that the entry is used by
+    mixers that run once per sequence.
+    """
+
+    spec: Spec
+    retention: Retention
+    group: int
+    entry: int
+    path: tuple[int, ...]
+    pool: Pool
+    per_sequence: bool = False
+
+
+class Handle(Opaque):
+    """Keys or values in pages. Only `paged_attention` can read them.
+
+    `shape` is (T, Hkv, positions + 1, D), where the third entry is an array: each row's number of
+    positions. Code that subtracts the length of the input from it gets each row's position.
+    """
+
+    __slots__ = ("batch", "leaf", "role")
+    _rule: ClassVar[str] = (
+        "a paged cache has no contiguous keys here: what `update_and_fetch` returns may only be "
+        "passed on to `paged_attention`"
+    )
+
+    def __init__(self, leaf: Leaf, batch: Batch, role: str) -> None:
+        self.leaf = leaf
+        self.batch = batch
+        self.role = role
+
+    @property
+    def shape(self) -> tuple[int, int, mx.array, int]:
+        pool = self._array
+        return (self.batch.num_rows, pool.shape[2], self.batch.positions + 1, pool.shape[3])
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        return self._array.dtype
+
+    @property
+    def _array(self) -> mx.array:
+        keys, values = self.leaf.pool.arrays()
+        return keys if self.role == "keys" else values
+
+    def __repr__(self) -> str:
+        return f"<paged {self.role} of cache entry {self.leaf.entry}>"
+
+
+class View:
+    """One entry of the cache list during one step."""
+
+    __slots__ = ("batch", "entry", "path", "spec")
+
+    def __init__(self, spec: Spec | None, batch: Batch, entry: int, path: tuple[int, ...]) -> None:
+        self.spec = spec
+        self.batch = batch
+        self.entry = entry
+        self.path = path
+
+    @property
+    def offset(self) -> mx.array:
+        """Each row's position, [T] int32. The same array for every entry of a step."""
+        return self.batch.positions
+
+    def make_mask(
+        self, N: int, window_size: int | None = None, return_array: bool = False
+    ) -> MaskSpec:
+        """What upstream's caches offer under this name, as a value."""
+        del N  # always 1: every row is a sequence of one token
+        return MaskSpec(window=window_size, return_array=return_array, path=self.path)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of cache entry {self.entry}{list(self.path) or ''}>"
+
+
+class PagedView(View):
+    """A paged entry: keys and values are written to blocks and come back as handles."""
+
+    __slots__ = ("leaf",)
+
+    def __init__(self, leaf: Leaf, batch: Batch) -> None:
+        super().__init__(leaf.spec, batch, leaf.entry, leaf.path)
+        self.leaf = leaf
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Handle, Handle]:
+        """Write this step's rows, keys [T, Hkv, 1, Dk] and values [T, Hkv, 1, Dv]."""
+        leaf, batch = self.leaf, self.batch
+        if leaf.per_sequence:
+            raise TypeError(
+                f"{self!r} is used once per sequence by one layer and paged by another: the keys "
+                "would be in two places"
+            )
+        leaf.pool.write(keys, values, batch.ragged[leaf.group], batch.serial)
+        return Handle(leaf, batch, "keys"), Handle(leaf, batch, "values")
+
+    def keys_and_values(self) -> tuple[Handle, Handle]:
+        """The handles of what another layer wrote in this step."""
+        leaf = self.leaf
+        leaf.pool.require_written(self.batch.serial)
+        return Handle(leaf, self.batch, "keys"), Handle(leaf, self.batch, "values")
+
+
+class KVView(PagedView):
+    __slots__ = ()
+
+
+class RotatingView(PagedView):
+    __slots__ = ()
+
+
+class ConcatenateView(PagedView):
+    __slots__ = ()
+
+
+class ChunkedView(PagedView):
+    """Chunks end by what the mask says; nothing moves, so the front is never trimmed."""
+
+    __slots__ = ()
+    start_position: ClassVar[int] = 0
+
+    def maybe_trim_front(self) -> None:
+        """Blocks before the current chunk are released between steps."""
+
+
+class StateView(View):
+    """State that belongs to a mixer that runs once per sequence."""
+
+    __slots__ = ()
+
+    def make_mask(
+        self, N: int, window_size: int | None = None, return_array: bool = False
+    ) -> MaskSpec:
+        """All rows are real tokens: a batch is not padded."""
+        del N, window_size, return_array
+        return MaskSpec(kind="sequence", path=self.path)
+
+    def __getitem__(self, index: int) -> NoReturn:
+        raise TypeError(
+            f"state {index} of cache entry {self.entry} belongs to one sequence: its mixer must be "
+            "marked `per_sequence`"
+        )
+
+    def __setitem__(self, index: int, value: object) -> None:
+        self[index]
+
+
+class ListView(View):
+    """A `CacheList`: indexing gives the parts."""
+
+    __slots__ = ("parts",)
+
+    def __init__(
+        self, spec: Spec, batch: Batch, entry: int, path: tuple[int, ...], parts: tuple[View, ...]
+    ) -> None:
+        super().__init__(spec, batch, entry, path)
+        self.parts = parts
+
+    def __getitem__(self, index: int) -> View:
+        return self.parts[index]
+
+
+class ForeignView(View):
+    """A cache class that a model file defines itself."""
+
+    __slots__ = ()
+
+
+def find_view(cache: Any) -> View | None:
+    """The first view in a cache list, or the view itself."""
+    if isinstance(cache, View):
+        return cache
+    if isinstance(cache, list | tuple):
+        return next((view for part in cache if (view := find_view(part)) is not None), None)
+    return None
+
+
+VIEWS: dict[type[Spec], type[PagedView]] = {
+    caches.KVCache: KVView,
+    caches.RotatingKVCache: RotatingView,
+    caches.ChunkedKVCache: ChunkedView,
+    caches.ConcatenateKVCache: ConcatenateView,
+}
+for _spec, _view in VIEWS.items():
+    _spec.register(_view)
+caches.ArraysCache.register(StateView)
+caches.CacheList.register(ListView)
