@@ -33,7 +33,6 @@ from __future__ import annotations
 
 import math
 import zlib
-from typing import Any
 
 import mlx.core as mx
 from mlx import nn
