@@ -69,3 +69,9 @@ def row_positions(rows: Sequence[Rows]) -> mx.array:
     """[T] int32."""
     spans = [np.arange(r.position, r.position + r.length, dtype=np.int32) for r in rows]
     return mx.array(np.concatenate(spans))
+
+
+def row_ends(rows: Sequence[Rows]) -> mx.array:
+    """[T] int32: how long each row's sequence is after the step."""
+    spans = [np.full(r.length, r.end, dtype=np.int32) for r in rows]
+    return mx.array(np.concatenate(spans))

@@ -18,6 +18,7 @@ from .caches import KVCache, Retention, Spec
 from .errors import OutOfBlocks, RuntimeRefusal, UnknownSequence
 from .pools import Pool
 from .ragged import Rows
+from .rope import sequence_ends
 from .views import VIEWS, ForeignView, Leaf, ListView, StateView, View
 
 Tokens = Sequence[int] | mx.array
@@ -129,7 +130,8 @@ class PagedCache:
         batch = self._batch(rows, [tokens[part.sequence] for part in rows], wanted)
         views = [self._view(spec, batch, entry, ()) for entry, spec in enumerate(self.specs)]
         try:
-            logits = self.model(batch.ids, cache=views)
+            with sequence_ends(batch.positions, batches.row_ends(rows)):
+                logits = self.model(batch.ids, cache=views)
         except BaseException:
             for part in rows:
                 self._sequences[part.sequence].broken = True

@@ -115,9 +115,9 @@ def last_rows(h: mx.array, cache: Any, axis: int = 0) -> mx.array:
     return mx.take(h, rows, axis=axis)
 
 
-def row_positions(offset: mx.array) -> mx.array:
-    """Positions [T] as [T, 1, 1, 1], to compute with beside [T, heads, 1, width]."""
-    return offset.reshape(-1, 1, 1, 1)
+def row_positions(offset: mx.array, dimensions: int = 4) -> mx.array:
+    """Positions [T] as [T, 1, ...] of `dimensions` axes, to compute with beside rows."""
+    return offset.reshape(-1, *([1] * (dimensions - 1)))
 
 
 def _view(cache: Any, name: str) -> View:
