@@ -47,18 +47,17 @@ def load_example(name: str) -> ModuleType:
     return sys.modules[key]
 
 
-def build(name: str, seed: int = 0) -> nn.Module:
-    """A model of the example with its tiny configuration and random float32 weights.
+def build(name: str, **changes: Any) -> nn.Module:
+    """A model of the example with its tiny configuration, changed, and random float32 weights.
 
     Every weight is moved away from its initial value: sinks, biases and norms that start at zero or
     one would hide a term that is left out.
     """
     module = load_example(name)
-    config = json.loads((EXAMPLES / f"{name}.json").read_text())
-    mx.random.seed(seed)
+    config = json.loads((EXAMPLES / f"{name}.json").read_text()) | changes
+    mx.random.seed(0)
     model = module.Model(module.ModelArgs.from_dict(config))
     model.update(tree_map(lambda w: w + 0.1 * mx.random.normal(w.shape), model.parameters()))
-    # Norms are one at the start, so that the sum above keeps them away from zero.
     model.eval()
     mx.eval(model.parameters())
     return model
@@ -135,6 +134,99 @@ def test_pieces_through_the_cache_give_the_logits_of_one_pass(name: str, split: 
         np.testing.assert_allclose(pieces, whole, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_mlx_lm_loads_a_saved_example(name: str, tmp_path: Path) -> None:
+    """The example's configuration, `sanitize` and weight names suit mlx_lm's own loader."""
+    from mlx_lm.utils import load_model, save_model
+
+    model = build(name)
+    save_model(tmp_path, model)
+    (tmp_path / "config.json").write_text((EXAMPLES / f"{name}.json").read_text())
+    module = load_example(name)
+    loaded, _ = load_model(tmp_path, get_model_classes=lambda _: (module.Model, module.ModelArgs))
+    assert mx.array_equal(loaded(tokens(model)), model(tokens(model))).item()
+
+
+# Settings that take out what the example is about, and leave the shapes of all weights as they are.
+WITHOUT: list[tuple[str, dict[str, Any]]] = [
+    ("packed_qkv", {"partial_rotary_factor": 1.0}),
+    ("sliding", {"sliding_window": 2 * LENGTH}),
+    ("sinks", {"sliding_window": 2 * LENGTH}),
+    ("softcap", {"attn_logit_softcapping": 1e6}),
+    ("softcap", {"query_pre_attn_scalar": 1.0}),
+    ("output_gate", {"partial_rotary_factor": 1.0}),
+    ("nope", {"no_rope_layers": [1, 1, 1]}),
+    ("wide_values", {"value_scale": 1.0}),
+    ("shared_cache", {"sliding_window": 2 * LENGTH}),
+    ("chunked", {"attention_chunk_size": 2 * LENGTH}),
+    ("chunked", {"attn_scale": 0.0}),
+    ("dual_loop", {"loop_window_size": 2 * LENGTH}),
+    ("state_space", {"time_step_limit": [0.0, 0.5]}),
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), WITHOUT)
+def test_the_structure_shows_in_the_logits(name: str, changes: dict[str, Any]) -> None:
+    """The tiny configuration exercises the structure: without it the logits are others."""
+    model, without = build(name), build(name, **changes)
+    ids = tokens(model)
+    assert np.abs(np.array(model(ids) - without(ids))).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_weight_shows_in_the_logits(name: str) -> None:
+    """No weight is dead: a compiled model that drops one cannot pass by accident."""
+    model = build(name)
+    ids = tokens(model)
+    reference = np.array(model(ids))
+    dead = []
+    for path, weight in tree_flatten(model.parameters()):
+        model.load_weights([(path, weight + mx.random.normal(weight.shape))], strict=False)
+        if np.abs(np.array(model(ids)) - reference).max() < 1e-4:
+            dead.append(path)
+        model.load_weights([(path, weight)], strict=False)
+    assert not dead
+
+
+def test_refused_examples_are_the_two_that_say_so() -> None:
+    """The other tests and the compiler's own rely on this list."""
+    refused = {
+        name for name in NAMES if (load_example(name).__doc__ or "").startswith("Must be refused")
+    }
+    assert refused == {"row_mixing", "reads_cache"}
+    assert refused >= NOT_DIVISIBLE
+
+
+def same_after_sanitize(model: Any, stored: dict[str, mx.array]) -> None:
+    """`sanitize` turns the stored weights into the model's, and changes the model's own not."""
+    weights = dict(tree_flatten(model.parameters()))
+    for given in (stored, dict(weights)):
+        clean = model.sanitize(given)
+        assert clean.keys() == weights.keys()
+        assert all(mx.array_equal(clean[key], weights[key]).item() for key in weights)
+
+
+@pytest.mark.parametrize(("name", "part"), [("short_conv", "conv.conv"), ("state_space", "conv1d")])
+def test_convolution_sanitize_takes_torch_kernels(name: str, part: str) -> None:
+    model = build(name)
+    weights = dict(tree_flatten(model.parameters()))
+    stored = {k: w.swapaxes(1, 2) if f"{part}.weight" in k else w for k, w in weights.items()}
+    assert sum(stored[k].shape != weights[k].shape for k in weights) >= 2
+    same_after_sanitize(model, stored)
+
+
+def test_latent_sanitize_splits_the_joint_matrix() -> None:
+    model = build("latent_mla")
+    stored = dict(tree_flatten(model.parameters()))
+    for key in [k for k in stored if "embed_q" in k]:
+        to_keys = stored.pop(key).swapaxes(1, 2)
+        to_values = stored.pop(key.replace("embed_q", "unembed_out"))
+        both = mx.concatenate([to_keys, to_values], axis=1)
+        joint = key.replace("embed_q", "kv_b_proj")
+        stored[joint] = both.reshape(-1, both.shape[-1])
+    same_after_sanitize(model, stored)
+
+
 def test_packed_qkv_sanitize_stacks_separate_projections() -> None:
     model = build("packed_qkv")
     weights = dict(tree_flatten(model.parameters()))
@@ -149,7 +241,4 @@ def test_packed_qkv_sanitize_stacks_separate_projections() -> None:
                 apart[key.replace("query_key_value", f"{letter}_proj")] = part
         else:
             apart[key] = value
-    again = model.sanitize(apart)
-    assert again.keys() == weights.keys()
-    assert all(mx.array_equal(again[key], weights[key]).item() for key in weights)
-    assert model.sanitize(weights).keys() == weights.keys()
+    same_after_sanitize(model, apart)
