@@ -7,14 +7,15 @@ parameters and of norm modules, whose value ranges no shape can tell.
 
 | parameter                            | value                                                   |
 |--------------------------------------|---------------------------------------------------------|
+| packed weights with scales           | the quantised form of the matrix they stand for         |
+| other unsigned integers              | uniform bytes                                           |
+| other integers, booleans             | unchanged                                               |
 | `A_log`                              | log of uniform(0.05, 1)                                 |
 | `dt_bias`, `dt_proj.bias`            | -1 + 0.5 n                                              |
 | `recurrent_param` (RG-LRU)           | -3 + 0.5 n                                              |
-| unsigned integers (packed weights)   | uniform bits                                            |
-| other integers, booleans             | unchanged                                               |
-| `nn.Embedding`                       | 0.5 n                                                   |
 | one element                          | initial * (1 + 0.2 n), or 0.5 + 0.1 n where it was zero |
 | one axis longer than one             | initial + 0.2 n                                         |
+| several axes, an embedding's         | 0.5 n                                                   |
 | several axes, all the same non-zero  | initial + 0.2 n (a gain per head)                       |
 | several axes, all zero, a norm's     | n (a gain per head)                                     |
 | depthwise convolution [C, K, 1]      | n / sqrt(K)                                             |
@@ -40,7 +41,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 
 def randomise(model: nn.Module, seed: int) -> None:
-    """Replace every parameter of `model` in place, floating ones as float32.
+    """Replace every parameter of `model` in place, unquantised floating ones as float32.
 
     Args:
         model: a built model; its present values decide between gains and matrices, so build it
@@ -62,17 +63,29 @@ def randomise(model: nn.Module, seed: int) -> None:
     owners: dict[str, nn.Module] = dict(model.named_modules())
     fresh = []
     for path, initial in parameters:
-        key = mx.random.key(seed ^ zlib.crc32(path.encode()))
-        owner = owners.get(path.rpartition(".")[0])
-        fresh.append((path, _draw(path, owner, initial, key)))
+        place, _, leaf = path.rpartition(".")
+        owner = owners.get(place, model)
+        if "scales" in owner and leaf in ("weight", "scales", "biases"):
+            key = _key(seed, f"{place}.weight")
+            fresh.append((path, _packed(owner, key)[leaf].astype(initial.dtype)))
+        else:
+            fresh.append((path, _draw(path, owner, initial, _key(seed, path))))
     model.update(tree_unflatten(fresh))
     mx.eval(model.parameters())
 
 
-def _draw(path: str, owner: nn.Module | None, initial: mx.array, key: mx.array) -> mx.array:
+def _key(seed: int, path: str) -> mx.array:
+    return mx.random.key(seed ^ zlib.crc32(path.encode()))
+
+
+def _is(owner: nn.Module, kind: str) -> bool:
+    return kind in type(owner).__name__.lower()
+
+
+def _draw(path: str, owner: nn.Module, initial: mx.array, key: mx.array) -> mx.array:
     shape = initial.shape
     if not mx.issubdtype(initial.dtype, mx.floating):
-        return _random_bits(initial, key)
+        return _bytes(initial, key)
     normal = mx.random.normal(shape, key=key)
     leaf = path.rpartition(".")[2]
     if leaf == "A_log":
@@ -81,27 +94,39 @@ def _draw(path: str, owner: nn.Module | None, initial: mx.array, key: mx.array) 
         return -1.0 + 0.5 * normal
     if leaf == "recurrent_param":
         return -3.0 + 0.5 * normal
-    if isinstance(owner, nn.Embedding):
-        return 0.5 * normal
     start = initial.astype(mx.float32)
     if initial.size == 1:
         return mx.where(start == 0, 0.5 + 0.1 * normal, start * (1.0 + 0.2 * normal))
     if initial.size == max(shape):
         return start + 0.2 * normal
+    if _is(owner, "embedding"):
+        return 0.5 * normal
     first = start.flatten()[0]
     if mx.all(start == first).item():
         if first.item() != 0:
             return start + 0.2 * normal
-        if "norm" in type(owner).__name__.lower():
+        if _is(owner, "norm"):
             return normal
     fan_in = shape[-2] if shape[-1] == 1 else shape[-1]
     return normal / math.sqrt(fan_in)
 
 
-def _random_bits(initial: mx.array, key: mx.array) -> mx.array:
+def _packed(owner: nn.Module, key: mx.array) -> dict[str, mx.array]:
+    """Quantise a random matrix with the bits, group size and mode of a quantised module."""
+    *rows, words = owner["weight"].shape
+    width = words * 32 // owner.bits
+    dense = mx.random.normal((*rows, width), key=key)
+    dense = dense * (0.5 if _is(owner, "embedding") else 1 / math.sqrt(width))
+    parts = mx.quantize(
+        dense, owner.group_size, owner.bits, mode=getattr(owner, "mode", None) or "affine"
+    )
+    return dict(zip(("weight", "scales", "biases"), parts, strict=False))
+
+
+def _bytes(initial: mx.array, key: mx.array) -> mx.array:
     """Random bytes for packed (unsigned) weights; index tables and flags stay as they are."""
     if not mx.issubdtype(initial.dtype, mx.unsignedinteger):
         return initial
     *rows, columns = initial.shape
-    count = mx.random.randint(0, 256, (*rows, columns * initial.dtype.size), key=key)
-    return count.astype(mx.uint8).view(initial.dtype)
+    drawn = mx.random.randint(0, 256, (*rows, columns * initial.dtype.size), key=key)
+    return drawn.astype(mx.uint8).view(initial.dtype)
