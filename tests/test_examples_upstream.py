@@ -143,7 +143,9 @@ def test_mlx_lm_loads_a_saved_example(name: str, tmp_path: Path) -> None:
     save_model(tmp_path, model)
     (tmp_path / "config.json").write_text((EXAMPLES / f"{name}.json").read_text())
     module = load_example(name)
-    loaded, _ = load_model(tmp_path, get_model_classes=lambda _: (module.Model, module.ModelArgs))
+    loaded, _ = load_model(
+        tmp_path, get_model_classes=lambda config: (module.Model, module.ModelArgs)
+    )
     assert mx.array_equal(loaded(tokens(model)), model(tokens(model))).item()
 
 
