@@ -8,9 +8,9 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
+from mlxrewrite.kernels.ops import Ragged
 
-from .gathered import Ragged
-from .ragged import Rows
+from .rows import Rows
 
 
 class Originals(Protocol):

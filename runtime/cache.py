@@ -9,16 +9,16 @@ from typing import Any, Literal
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
+from mlxrewrite.kernels.ops import Ragged
 
 from . import batch as batches
-from . import gathered as ops
 from .batch import Batch
 from .blocks import BlockAllocator, BlockTable
 from .caches import KVCache, Retention, Spec
 from .errors import OutOfBlocks, RuntimeRefusal, UnknownSequence
-from .pools import Pool
-from .ragged import Rows
+from .pools import EntryPool
 from .rope import sequence_ends
+from .rows import Rows
 from .views import VIEWS, ForeignView, Leaf, ListView, StateView, View
 
 Tokens = Sequence[int] | mx.array
@@ -142,7 +142,7 @@ class PagedCache:
 
     def arrays(self) -> list[mx.array]:
         """Everything a later step depends on: evaluate it when no logits are."""
-        found = [a for leaf in self._leaves.values() if leaf.pool.made for a in leaf.pool.arrays()]
+        found = [a for leaf in self._leaves.values() for a in leaf.pool.arrays()]
         for state in self._sequences.values():
             for original in state.originals or ():
                 flat = tree_flatten(original.state)
@@ -168,7 +168,7 @@ class PagedCache:
                 blocks = blocks[retention]
             group = _Group(retention, BlockAllocator(blocks, self._shuffle_seed))
             self._groups.append(group)
-        pool = Pool(group.allocator.num_blocks, self.block_size, self._dtype, self._poison)
+        pool = EntryPool(group.allocator.num_blocks, self.block_size, self._dtype, self._poison)
         leaf = Leaf(spec, retention, self._groups.index(group), entry, path, pool)
         group.leaves.append(leaf)
         self._leaves[(entry, *path)] = leaf
@@ -243,10 +243,7 @@ class PagedCache:
         kept = wanted or [total - 1]
         everything = len(kept) == total and kept == list(range(total))
         ragged = tuple(
-            ops.build(rows, [self._sequences[r.sequence].tables[i] for r in rows], self.block_size)
-            if not group.unused
-            else None
-            for i, group in enumerate(self._groups)
+            None if group.unused else self._ragged(i, rows) for i, group in enumerate(self._groups)
         )
         return Batch(
             ids=batches.row_ids(tokens),
@@ -257,6 +254,16 @@ class PagedCache:
             ragged=ragged,
             originals=self._store,
             serial=self._serial,
+        )
+
+    def _ragged(self, index: int, rows: tuple[Rows, ...]) -> Ragged:
+        tables = [self._sequences[part.sequence].tables[index] for part in rows]
+        return Ragged.build(
+            [part.length for part in rows],
+            [part.end for part in rows],
+            [table.blocks for table in tables],
+            self.block_size,
+            [table.dropped for table in tables],
         )
 
     def _view(self, spec: Spec | None, batch: Batch, entry: int, path: tuple[int, ...]) -> View:

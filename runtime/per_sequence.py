@@ -17,7 +17,7 @@ from mlx_lm.models import base as upstream
 
 from .batch import Batch
 from .masks import MaskSpec
-from .ragged import Rows
+from .rows import Rows
 from .views import Handle, ListView, PagedView, View
 
 _Method = Callable[..., Any]

@@ -1,24 +1,24 @@
-"""The pool of one paged entry: keys and values of all its blocks."""
+"""The pool of one paged entry, made when the first keys arrive."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
+from mlxrewrite.kernels import ops
+from mlxrewrite.kernels.ops import Ragged
 
-from . import gathered as ops
-from .gathered import Ragged
 
+class EntryPool:
+    """Keys and values of one entry's blocks, threaded through the ops.
 
-class Pool:
-    """Keys [num_blocks, block_size, Hkv, Dk] and values [num_blocks, block_size, Hkv, Dv].
-
-    The arrays are made by the first write, from the shapes and type of what is written; `dtype`
+    The first write makes the pool, from the shapes and the type of what is written; `dtype`
     overrides the type. With `poison`, blocks that nobody holds are NaN.
     """
 
-    __slots__ = ("_keys", "_values", "block_size", "dtype", "num_blocks", "poison", "serial")
+    __slots__ = ("_pool", "_rows_dtype", "block_size", "dtype", "num_blocks", "poison", "serial")
 
     def __init__(
         self, num_blocks: int, block_size: int, dtype: mx.Dtype | None = None, poison: bool = False
@@ -28,17 +28,18 @@ class Pool:
         self.dtype = dtype
         self.poison = poison
         self.serial = -1
-        self._keys: mx.array | None = None
-        self._values: mx.array | None = None
+        self._pool: ops.Pool | None = None
+        self._rows_dtype = mx.float32
 
     @property
     def made(self) -> bool:
-        return self._keys is not None
+        return self._pool is not None
 
-    def arrays(self) -> tuple[mx.array, mx.array]:
-        if self._keys is None or self._values is None:
+    @property
+    def pool(self) -> ops.Pool:
+        if self._pool is None:
             raise RuntimeError("a paged cache was read before anything was written to it")
-        return self._keys, self._values
+        return self._pool
 
     def write(self, keys: mx.array, values: mx.array, ragged: Ragged | None, serial: int) -> None:
         """Store a step's rows, keys [T, Hkv, 1, Dk] and values [T, Hkv, 1, Dv]; once per step."""
@@ -46,35 +47,84 @@ class Pool:
             raise RuntimeError("two layers write to one cache entry in the same step")
         if ragged is None:
             raise RuntimeError("a cache entry that paged nothing so far is written to now")
-        if self._keys is None or self._values is None:
-            self._make(keys, values)
-        key_pool, value_pool = self.arrays()
-        # The old arrays must have no other owner when the write is evaluated, or it copies them.
-        self._keys = self._values = None
-        self._keys, self._values = ops.write_kv(key_pool, value_pool, keys, values, ragged)
+        if self._pool is None:
+            self._pool = self._make(keys, values)
+        self._pool = ops.write_kv(keys, values, self._pool, ragged)
         self.serial = serial
+
+    def attend(
+        self,
+        queries: mx.array,
+        ragged: Ragged,
+        *,
+        scale: float,
+        window: int | None,
+        chunk: int | None,
+        sinks: mx.array | None,
+        softcap: float | None,
+    ) -> mx.array:
+        """Each row over its sequence: [T, Hq, 1, Dk] -> [T, Hq, 1, Dv], promoted as upstream."""
+        if queries.dtype != self._rows_dtype:
+            zeros = mx.array(0, queries.dtype), mx.array(0, self._rows_dtype)
+            queries = queries.astype(mx.result_type(*zeros))
+        out: mx.array
+        out, self._pool = ops.attention(
+            queries,
+            self.pool,
+            ragged,
+            scale=scale,
+            window=window,
+            chunk=chunk,
+            sinks=sinks,
+            softcap=softcap,
+        )
+        return out
 
     def require_written(self, serial: int) -> None:
         if self.serial != serial:
             raise RuntimeError("keys are shared before the layer that owns them wrote them")
 
+    def arrays(self) -> tuple[mx.array, ...]:
+        """What to evaluate so that all writes have happened."""
+        return () if self._pool is None else self._pool.arrays()
+
     def fill_freed(self, blocks: Sequence[int]) -> None:
-        """Overwrite freed blocks with NaN: whatever reads them afterwards shows."""
-        if self._keys is None or self._values is None or not blocks:
+        """Overwrite freed blocks with NaN: whatever reads them afterwards shows. For tests."""
+        if self._pool is None or not blocks:
             return
-        where = mx.array(np.array(blocks, dtype=np.int32))
-        self._keys[where] = mx.array(float("nan"), self._keys.dtype)
-        self._values[where] = mx.array(float("nan"), self._values.dtype)
+        mx.eval(self._pool.arrays())
+        self._pool = _filled(self._pool, np.array(blocks))
+        mx.eval(self._pool.arrays())
 
-    def _make(self, keys: mx.array, values: mx.array) -> None:
-        fill = float("nan") if self.poison else 0.0
-        front = (self.num_blocks, self.block_size)
-
-        def empty(rows: mx.array) -> mx.array:
+    def _make(self, keys: mx.array, values: mx.array) -> ops.Pool:
+        for rows in (keys, values):
             if rows.ndim != 4 or rows.shape[2] != 1:
                 raise TypeError(
                     f"expected rows of one token, [T, heads, 1, width], got {list(rows.shape)}"
                 )
-            return mx.full((*front, rows.shape[1], rows.shape[3]), fill, self.dtype or rows.dtype)
+        self._rows_dtype = keys.dtype
+        pool = ops.new_pool(
+            num_blocks=self.num_blocks,
+            block_size=self.block_size,
+            kv_heads=keys.shape[1],
+            key_dim=keys.shape[3],
+            value_dim=values.shape[3],
+            dtype=self.dtype or keys.dtype,
+        )
+        return _filled(pool, np.arange(self.num_blocks)) if self.poison else pool
 
-        self._keys, self._values = empty(keys), empty(values)
+
+def _filled(pool: ops.Pool, blocks: np.ndarray) -> ops.Pool:
+    """The pool with NaN in some blocks."""
+    slots = (blocks[:, None] * pool.block_size + np.arange(pool.block_size)).ravel()
+
+    def filled(store: mx.array) -> mx.array:
+        nan = mx.array(float("nan"), store.dtype)
+        if pool.layout == "pages":
+            store[mx.array(blocks.astype(np.int32))] = nan
+        else:
+            store[:, mx.array(slots.astype(np.int32))] = nan
+        return store
+
+    values = None if pool.values is None else filled(pool.values)
+    return replace(pool, keys=filled(pool.keys), values=values)

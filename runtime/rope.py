@@ -37,7 +37,7 @@ def sequence_ends(positions: mx.array, ends: mx.array) -> Iterator[None]:
         _STEP.reset(token)
 
 
-class RaggedDynamicNTK(nn.Module):
+class RaggedDynamicNTK(nn.Module):  # type: ignore[misc]
     """NTK-aware rope with a dynamic base, each row by the length of its own sequence.
 
     The base grows with the length that a sequence has at the end of the step, as in mlx_lm's
@@ -51,7 +51,8 @@ class RaggedDynamicNTK(nn.Module):
     def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
         """x [T, heads, 1, width], offset [T] int32; or [B, heads, L, width] with an int offset."""
         if not isinstance(offset, mx.array) or offset.ndim == 0:
-            return self._original(x, offset=offset)
+            plain: mx.array = self._original(x, offset=offset)
+            return plain
         step = _STEP.get()
         if step is None or step.positions is not offset:
             raise TypeError("dynamic rope: expected the positions of a paged cache's step")
@@ -75,7 +76,7 @@ def rotate(x: mx.array, cosine: mx.array, sine: mx.array, *, traditional: bool) 
         first, second = turned[..., 0::2], turned[..., 1::2]
     else:
         first, second = turned[..., :half], turned[..., half:]
-    parts = first * cosine - second * sine, first * sine + second * cosine
+    parts = [first * cosine - second * sine, first * sine + second * cosine]
     joined = mx.stack(parts, axis=-1).flatten(-2) if traditional else mx.concatenate(parts, axis=-1)
     joined = joined.astype(x.dtype)
     return mx.concatenate([joined, rest], axis=-1) if rest.shape[-1] else joined

@@ -6,7 +6,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import gathered as ops
 from .masks import MaskSpec
 from .per_sequence import per_sequence, per_sequence_model
 from .views import Handle, View, find_view
@@ -57,6 +56,8 @@ def paged_attention(  # noqa: PLR0917 - the order is upstream's
         )
     if scale is None:
         raise TypeError("paged_attention: expected a scale")
+    if mask.prefix is not None:
+        raise TypeError("paged_attention: no op attends in both directions inside a prefix yet")
     retention = leaf.retention
     window, chunk = mask.window, mask.chunk
     # The mask says what the layer asks for, the cache what is kept: upstream can see no more.
@@ -64,22 +65,21 @@ def paged_attention(  # noqa: PLR0917 - the order is upstream's
         window = retention.window if window is None else min(window, retention.window)
     if retention.chunk is not None and chunk is None:
         chunk = retention.chunk
-    key_pool, value_pool = leaf.pool.arrays()
+    heads, kv_heads = queries.shape[1], leaf.pool.pool.kv_heads
     ragged = keys.batch.ragged[leaf.group]
     assert ragged is not None  # the write of this step needed it
-    return ops.attention(
-        queries,
-        key_pool,
-        value_pool,
-        ragged,
-        scale=scale,
-        window=window,
-        chunk=chunk,
-        prefix=mask.prefix,
-        sinks=sinks,
-        softcap=softcap,
-        tiled_heads=tiled_heads,
+    if tiled_heads:
+        queries = _swap_heads(queries, heads // kv_heads, kv_heads)
+    out = leaf.pool.attend(
+        queries, ragged, scale=scale, window=window, chunk=chunk, sinks=sinks, softcap=softcap
     )
+    return _swap_heads(out, kv_heads, heads // kv_heads) if tiled_heads else out
+
+
+def _swap_heads(rows: mx.array, outer: int, inner: int) -> mx.array:
+    """[T, outer * inner, 1, D] -> [T, inner * outer, 1, D]."""
+    split = rows.reshape(rows.shape[0], outer, inner, 1, rows.shape[3])
+    return split.swapaxes(1, 2).reshape(rows.shape)
 
 
 def paged_mask(
@@ -115,9 +115,9 @@ def last_rows(h: mx.array, cache: Any, axis: int = 0) -> mx.array:
     return mx.take(h, rows, axis=axis)
 
 
-def row_positions(offset: mx.array, dimensions: int = 4) -> mx.array:
-    """Positions [T] as [T, 1, ...] of `dimensions` axes, to compute with beside rows."""
-    return offset.reshape(-1, *([1] * (dimensions - 1)))
+def row_positions(offset: mx.array, ndim: int = 4) -> mx.array:
+    """Positions [T] as [T, 1, ...] of `ndim` axes; 4 stand beside [T, heads, 1, width]."""
+    return offset.reshape(-1, *(1,) * (ndim - 1))
 
 
 def _view(cache: Any, name: str) -> View:

@@ -12,7 +12,7 @@ from .batch import Batch
 from .caches import Retention, Spec
 from .masks import MaskSpec
 from .opaque import Opaque
-from .pools import Pool
+from .pools import EntryPool
 
 
 @dataclass(slots=True, eq=False)
@@ -29,7 +29,7 @@ class Leaf:
     group: int
     entry: int
     path: tuple[int, ...]
-    pool: Pool
+    pool: EntryPool
     per_sequence: bool = False
 
 
@@ -53,17 +53,14 @@ class Handle(Opaque):
 
     @property
     def shape(self) -> tuple[int, int, mx.array, int]:
-        pool = self._array
-        return (self.batch.num_rows, pool.shape[2], self.batch.positions + 1, pool.shape[3])
+        pool = self.leaf.pool.pool
+        width = pool.key_dim if self.role == "keys" else pool.value_dim
+        return (self.batch.num_rows, pool.kv_heads, self.batch.positions + 1, width or 0)
 
     @property
     def dtype(self) -> mx.Dtype:
-        return self._array.dtype
-
-    @property
-    def _array(self) -> mx.array:
-        keys, values = self.leaf.pool.arrays()
-        return keys if self.role == "keys" else values
+        dtype: mx.Dtype = self.leaf.pool.pool.dtype
+        return dtype
 
     def __repr__(self) -> str:
         return f"<paged {self.role} of cache entry {self.leaf.entry}>"

@@ -1,0 +1,182 @@
+"""Generated files: where they are, whether they are what the compiler wrote, and importing them."""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.util
+import json
+import os
+import sys
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from . import API
+from .errors import NotGenerated
+
+ENVIRONMENT = "MLXREWRITE_GENERATED"
+PACKAGE = "mlx_lm"
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What the compiler recorded about one module: the fields the runtime needs."""
+
+    module: str
+    upstream: str
+    api: int
+    source_sha256: str
+    output_sha256: str | None
+    route: str
+    refused: tuple[str, ...]
+
+
+def generated_folder(chosen: str | Path | None = None, package: str = PACKAGE) -> Path:
+    """The folder with `<module>.py` and `<module>.json`.
+
+    `chosen`, else the environment variable MLXREWRITE_GENERATED, else the installed
+    `mlxrewrite/generated`; each may be the folder of the package or the one above it.
+    """
+    named = chosen if chosen is not None else os.environ.get(ENVIRONMENT) or None
+    if named is None:
+        return _installed() / package
+    folder = Path(named).expanduser()
+    if not folder.is_dir():
+        raise NotGenerated(f"no folder {folder}: expected one that `mlxrewrite -o` wrote")
+    inner = folder / package
+    return inner if inner.is_dir() else folder
+
+
+def load_generated(folder: Path, module: str) -> ModuleType:
+    """Import `<folder>/<module>.py`, after checking it and every sibling that it imports.
+
+    Raises:
+        NotGenerated: a file is missing, stale, or not what the compiler wrote; the text names the
+            command that fixes it.
+    """
+    name = _package(folder.resolve())
+    check(folder, module)
+    return importlib.import_module(f"{name}.{module}")
+
+
+def check(folder: Path, module: str) -> Manifest:
+    """Compare a generated file with its manifest, and the manifest with what is installed."""
+    path, record = folder / f"{module}.py", folder / f"{module}.json"
+    if not record.is_file():
+        raise NotGenerated(f"{module} is not rewritten: no {record}; {_fix('', folder)}")
+    manifest = _read(record)
+    if manifest.api != API:
+        raise NotGenerated(
+            f"{record} is for runtime API {manifest.api}, this runtime has {API}; "
+            f"{_fix(manifest.module, folder)}"
+        )
+    source = _source(manifest.module)
+    if source is not None and _digest(source) != manifest.source_sha256:
+        raise NotGenerated(
+            f"{path} was made from another version of {source} ({manifest.upstream}); "
+            f"{_fix(manifest.module, folder)}"
+        )
+    if manifest.output_sha256 is None:
+        why = "; ".join(manifest.refused) or "no reason recorded"
+        raise NotGenerated(f"{manifest.module} was refused by the compiler: {why}")
+    if not path.is_file():
+        raise NotGenerated(f"{module} is not rewritten: no {path}; {_fix(manifest.module, folder)}")
+    if _digest(path) != manifest.output_sha256:
+        raise NotGenerated(
+            f"{path} is not the file that its manifest describes: it is stale, or was edited; "
+            f"{_fix(manifest.module, folder)}"
+        )
+    return manifest
+
+
+def _installed() -> Path:
+    return Path(str(importlib.import_module("mlxrewrite.generated").__file__)).parent
+
+
+def _read(record: Path) -> Manifest:
+    try:
+        got: dict[str, Any] = json.loads(record.read_bytes())
+        refused = [d["message"] for item in got["refused"] for d in item["diagnostics"]]
+        return Manifest(
+            got["module"],
+            got["upstream"],
+            got["api"],
+            got["source_sha256"],
+            got["output_sha256"],
+            got["route"],
+            tuple(refused),
+        )
+    except (ValueError, KeyError, TypeError) as problem:
+        raise NotGenerated(f"{record} is not a manifest: {problem!r}; {_fix('', record)}") from None
+
+
+def _fix(module: str, folder: Path) -> str:
+    package = module.rpartition(".")[0] or "mlx_lm.models"
+    out = "" if folder.resolve().is_relative_to(_installed().resolve()) else f" -o {folder}"
+    return f"run `mlxrewrite {package}{out}`"
+
+
+def _source(module: str) -> Path | None:
+    """The file of an installed module, found without importing anything of it."""
+    top, *rest = module.split(".")
+    spec = importlib.util.find_spec(top)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    for place in spec.submodule_search_locations:
+        path = Path(place, *rest).with_name(f"{rest[-1]}.py") if rest else None
+        if path is not None and path.is_file():
+            return path
+    return None
+
+
+def _digest(path: Path) -> str:
+    return sha256(path.read_bytes()).hexdigest()
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds the modules of one generated folder, each checked before it runs.
+
+    Module names need not be identifiers, and siblings import each other relatively, so the folder
+    is a package of its own with this as its only way in.
+    """
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name = name
+        self.folder = folder
+        self.loaded: dict[str, str | None] = {}
+
+    def find_spec(
+        self, fullname: str, path: object = None, target: object = None
+    ) -> ModuleSpec | None:
+        parent, _, module = fullname.rpartition(".")
+        if parent != self.name:
+            return None
+        self.loaded[module] = check(self.folder, module).output_sha256
+        return importlib.util.spec_from_file_location(fullname, self.folder / f"{module}.py")
+
+    def changed(self) -> bool:
+        """Whether a loaded file is another one by now."""
+        for module, digest in self.loaded.items():
+            path = self.folder / f"{module}.py"
+            if not path.is_file() or _digest(path) != digest:
+                return True
+        return False
+
+
+def _package(folder: Path) -> str:
+    """The name of the package made of a folder; loaded anew if its files have changed."""
+    name = f"_mlxrewrite_{folder.name}_{sha256(str(folder).encode()).hexdigest()[:8]}"
+    finder = next((f for f in sys.meta_path if isinstance(f, _Finder) and f.name == name), None)
+    if finder is not None and finder.changed():
+        for loaded in [m for m in sys.modules if m.startswith(f"{name}.")]:
+            del sys.modules[loaded]
+        finder.loaded.clear()
+    if finder is None:
+        sys.meta_path.append(_Finder(name, folder))
+        package = ModuleType(name, f"The rewritten models in {folder}.")
+        package.__path__ = []
+        sys.modules[name] = package
+    return name
