@@ -17,7 +17,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from .errors import BadModel, RuntimeRefusal
 from .manifest import generated_folder, load_generated
 
-_BROKEN = (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, AssertionError)
+BROKEN = (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, AssertionError)
 
 
 def load(
@@ -53,8 +53,8 @@ def load(
         if adapter_path is not None:
             model = upstream.load_adapters(model, adapter_path)
             model.eval()
-    except _BROKEN as problem:
-        raise BadModel(f"adapters {adapter_path}: {_said(problem)}") from problem
+    except BROKEN as problem:
+        raise BadModel(f"adapters {adapter_path}: {said(problem)}") from problem
     try:
         extra = {"trust_remote_code": True} if trust_remote_code else {}
         tokenizer = upstream.load_tokenizer(
@@ -62,8 +62,8 @@ def load(
             {**extra, **(tokenizer_config or {})} or None,
             eos_token_ids=config.get("eos_token_id"),
         )
-    except _BROKEN as problem:
-        raise BadModel(f"the tokenizer in {folder}: {_said(problem)}") from problem
+    except BROKEN as problem:
+        raise BadModel(f"the tokenizer in {folder}: {said(problem)}") from problem
     return model, tokenizer
 
 
@@ -100,8 +100,8 @@ def load_model(
         )
     except RuntimeRefusal:
         raise
-    except _BROKEN as problem:
-        raise BadModel(f"{folder}: {_said(problem)}") from problem
+    except BROKEN as problem:
+        raise BadModel(f"{folder}: {said(problem)}") from problem
     return model, config
 
 
@@ -119,7 +119,7 @@ def model_folder(path_or_repo: str | Path, revision: str | None = None) -> Path:
         return Path(upstream._download(text, revision=revision))
     except Exception as problem:  # whatever the Hub's client raises: offline, unknown, forbidden
         raise BadModel(
-            f"{text}: no such folder here, and the Hub did not give it: {_said(problem)}"
+            f"{text}: no such folder here, and the Hub did not give it: {said(problem)}"
         ) from problem
 
 
@@ -132,7 +132,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{folder}: expected a model folder with a config.json, found none"
         ) from None
     except (OSError, ValueError) as problem:
-        raise BadModel(f"{folder / 'config.json'}: {_said(problem)}") from None
+        raise BadModel(f"{folder / 'config.json'}: {said(problem)}") from None
     return checked_config(config, folder / "config.json")
 
 
@@ -177,7 +177,7 @@ def original_module(config: dict[str, Any], folder: Path | None = None) -> Modul
         return importlib.import_module(f"mlx_lm.models.{name}")
     except ImportError as problem:
         raise BadModel(
-            f"model type {config['model_type']!r}: mlx_lm cannot import {name}: {_said(problem)}"
+            f"model type {config['model_type']!r}: mlx_lm cannot import {name}: {said(problem)}"
         ) from problem
 
 
@@ -191,7 +191,7 @@ def import_file(path: Path) -> ModuleType:
     return module
 
 
-def _said(problem: BaseException) -> str:
+def said(problem: BaseException) -> str:
     """What went wrong, in one line."""
     missing = re.findall(
         r"missing \d+ required (?:positional|keyword-only) arguments?: (.*)", f"{problem}"
