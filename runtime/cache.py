@@ -14,7 +14,7 @@ from mlxrewrite.kernels.ops import Ragged
 from . import batch as batches
 from .batch import Batch
 from .blocks import BlockAllocator, BlockTable
-from .caches import KVCache, Retention, Spec
+from .caches import KVCache, Retention, Spec, is_spec
 from .errors import OutOfBlocks, RuntimeRefusal, UnknownSequence
 from .pools import EntryPool
 from .rope import sequence_ends
@@ -310,10 +310,11 @@ class PagedCache:
 
 
 def cache_specs(model: Any) -> list[Spec | None]:
-    """The model's cache list as specs; None for a cache class the model file defines itself."""
+    """The model's cache list as specs; None where it holds something else, such as a cache class of
+    the model file's own, which only a model that runs once per sequence can use."""
     if not hasattr(model, "make_cache"):
         return [KVCache() for _ in model.layers]
-    return [entry if isinstance(entry, Spec) else None for entry in model.make_cache()]
+    return [entry if is_spec(entry) else None for entry in model.make_cache()]
 
 
 def fresh_caches(model: Any, specs: Sequence[Spec | None]) -> list[Any]:

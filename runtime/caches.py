@@ -156,5 +156,13 @@ class CacheList(Spec):
         return self.caches
 
 
-for _spec in (KVCache, ConcatenateKVCache, RotatingKVCache, ChunkedKVCache, ArraysCache, CacheList):
+_SPECS = (KVCache, ConcatenateKVCache, RotatingKVCache, ChunkedKVCache, ArraysCache, CacheList)
+for _spec in _SPECS:
     _spec.register(getattr(upstream, _spec.__name__))
+
+
+def is_spec(value: object) -> bool:
+    """Whether a value is a spec itself, and not another form of the cache it describes."""
+    if not isinstance(value, Spec) or type(value) not in _SPECS:
+        return False
+    return all(is_spec(part) for part in value.parts)

@@ -22,7 +22,8 @@ class Comparison:
 
     `max_delta` is the largest absolute difference of two logits, `spread` the standard deviation
     and `peak` the largest absolute value of the original's logits, `disagreeing` the number of rows
-    whose greedy token differs.
+    whose greedy token differs. `finite` is false where a logit is NaN or infinite; minus infinity
+    is allowed where the original has it too.
     """
 
     rows: int
@@ -97,9 +98,12 @@ def rewritten_logits(
 def compare(original: list[np.ndarray], rewritten: list[np.ndarray]) -> Comparison:
     """Compare two lists of logits [length, V], one of each sequence."""
     left, right = np.concatenate(original), np.concatenate(rewritten)
-    finite = bool(np.isfinite(left).all() and np.isfinite(right).all())
-    delta = float(np.abs(left - right).max()) if finite else float("nan")
+    barred = np.isneginf(left)  # tokens that a model never gives
+    known = np.isfinite(left)
+    finite = bool((known | barred).all() and (np.isfinite(right) | barred).all())
+    finite = finite and bool((np.isneginf(right) == barred).all()) and bool(known.any())
+    delta = float(np.abs(left[known] - right[known]).max()) if finite else float("nan")
     disagreeing = int((left.argmax(axis=-1) != right.argmax(axis=-1)).sum())
-    spread = float(left.std(axis=-1).mean())
-    peak = float(np.abs(left).max())
+    spread = float(left.std(axis=-1, where=known).mean()) if finite else float("nan")
+    peak = float(np.abs(left[known]).max()) if finite else float("nan")
     return Comparison(left.shape[0], delta, spread, peak, disagreeing, finite)

@@ -175,7 +175,7 @@ def original_module(config: dict[str, Any], folder: Path | None = None) -> Modul
     name = module_name(config)
     try:
         return importlib.import_module(f"mlx_lm.models.{name}")
-    except ImportError as problem:
+    except (ImportError, SystemExit) as problem:  # some files exit where a package is missing
         raise BadModel(
             f"model type {config['model_type']!r}: mlx_lm cannot import {name}: {said(problem)}"
         ) from problem

@@ -85,7 +85,12 @@ def _swap_heads(rows: mx.array, outer: int, inner: int) -> mx.array:
 def paged_mask(
     h: mx.array, cache: Any = None, window_size: int | None = None, return_array: bool = False
 ) -> MaskSpec:
-    """`create_attention_mask` as a value: causal, within `window_size` positions if given."""
+    """`create_attention_mask` as a value: causal, within `window_size` positions if given.
+
+    Files make masks for kinds of layers that a config may not have, and pass None as their cache.
+    """
+    if cache is None:
+        return MaskSpec(window=window_size, return_array=return_array)
     return _view(cache, "paged_mask").make_mask(h.shape[1], window_size, return_array)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_flatten
+from mlx_lm.models.cache import make_prompt_cache
 
 from .cache import PagedCache
 from .compare import Chunking, Comparison, compare, original_logits, rewritten_logits
@@ -119,7 +120,7 @@ def verify(
     where, config, folder = _read(config_or_dir)
     original, rewritten, weights = _models(config, folder, seed, generated, source)
     windows = tuple(sorted({*_windows(config), *_retained(rewritten)}))
-    schedule = _schedule(config, seed, windows, block_size)
+    schedule = _schedule(_vocabulary(config, original), seed, windows, block_size)
     notes: list[str] = []
     cache = PagedCache(
         rewritten,
@@ -216,9 +217,7 @@ def _models(
     return original, rewritten, "random"
 
 
-def _schedule(
-    config: dict[str, Any], seed: int, windows: tuple[int, ...], block_size: int
-) -> Schedule:
+def _schedule(vocab_size: int, seed: int, windows: tuple[int, ...], block_size: int) -> Schedule:
     """Sequences that end before, at and well past every window that is not too long."""
     reach = max((w for w in windows if 2 * w + 8 <= LONGEST), default=4 * block_size)
     lengths = [
@@ -228,14 +227,16 @@ def _schedule(
         (reach + 1, 3),
         (block_size, block_size + 1),
     ]
-    vocab = _vocabulary(config)
-    return random_schedule(seed, lengths, vocab, max_chunk=max(6, min(reach + 2, 24)))
+    return random_schedule(seed, lengths, vocab_size, max_chunk=max(6, min(reach + 2, 24)))
 
 
-def _vocabulary(config: dict[str, Any]) -> int:
+def _vocabulary(config: dict[str, Any], model: nn.Module) -> int:
+    """Tokens that the model knows: no more than it has logits, nor than its config says."""
     nested = [value for value in config.values() if isinstance(value, dict)]
     sizes = [c["vocab_size"] for c in (config, *nested) if isinstance(c.get("vocab_size"), int)]
-    return min(sizes, default=256)
+    # Nothing is computed: the shape is known without.
+    logits = model(mx.array([[0]]), cache=make_prompt_cache(model))
+    return min([*sizes, logits.shape[-1]])
 
 
 def _windows(config: Any) -> Iterator[int]:
