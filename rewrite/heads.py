@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from .edits import replace
+from dataclasses import dataclass
+
+from .edits import names_before, replace
 from .ir import ClassFacts, Edit, Method, ModuleFacts, Span, Value
 from .match import live
 from .program import Program
 
-_ELEMENTWISE = frozenset({"*", "/", "+", "-"})
+_ELEMENTWISE = frozenset({"*", "/", "+", "-", "@"})
+# Functions that do not act on each row alone, or not on rows at axis 0.
+_ACROSS = frozenset({"mean", "sum", "max", "concatenate", "stack", "split", "all_gather", "take"})
 
 
 def last_rows_edit(program: Program, module: ModuleFacts, entry: ClassFacts) -> Edit | None:
@@ -17,103 +21,106 @@ def last_rows_edit(program: Program, module: ModuleFacts, entry: ClassFacts) -> 
     into the class it delegates to, to the value that came out of the layers. None if another file
     makes the logits, or if no such value is found (the runtime then picks rows of the logits).
     """
-    cls: ClassFacts | None = entry
+    cls = entry
+    method = cls.methods.get("__call__")
+    if method is None or cls.module != module.source.module:
+        return None
+    # The keyword is fixed by mlx_lm: generation calls `model(ids, cache=...)`.
+    cache = next((p for p in method.params if p.data[1] == "cache"), None)
     for _ in range(6):
-        if cls is None or cls.module != module.source.module:
+        if cache is None or not method.returns:
             return None
-        method = cls.methods.get("__call__")
-        if method is None or len(method.returns) == 0:
+        found = _peel(method, method.returns[-1].value)
+        if found.peeled:
+            return _wrap(module, method, found, cache)
+        call = found.value
+        inner = program.callees(call, cls, method) if call.op == "call" else []
+        if not inner or inner[0][0].module != module.source.module:
             return None
-        value, peeled = _peel(method.returns[-1].value)
-        cache = _cache_argument(method, value)
-        if peeled:
-            return _wrap(module, method, value, cache)
-        inner = program.callees(value, cls, method) if value.op == "call" else []
-        cls = inner[0][0] if inner else None
+        cache = _handed_on(call, cache, inner[0][1])
+        cls, method = inner[0]
     return None
 
 
-def _peel(value: Value) -> tuple[Value, int]:
-    """Undo what acts on each row alone: heads, norms, caps. Counts how much was undone."""
+@dataclass(frozen=True, slots=True)
+class _Peeled:
+    """A value, how many row-wise steps were undone to reach it, and where the last one took it."""
+
+    value: Value
+    peeled: int
+    taken_at: Span | None
+
+
+def _peel(method: Method, value: Value) -> _Peeled:
+    """Undo what acts on each row alone: heads, norms, caps."""
     peeled = 0
+    taken_at: Span | None = None
     while True:
         value = live(value)
         if value.op == "phi":
-            arms = [_peel(part) for part in value.args[1:]]
-            if arms[0][0] is not arms[1][0]:
-                return value, peeled
-            return arms[0][0], peeled + max(arms[0][1], arms[1][1])
+            arms = [_peel(method, part) for part in value.args[1:]]
+            if arms[0].value is not arms[1].value:
+                return _Peeled(value, peeled, taken_at)
+            more = max(arm.peeled for arm in arms)
+            same_place = arms[0].taken_at if arms[0].taken_at == arms[1].taken_at else None
+            where = same_place if more else taken_at
+            return _Peeled(arms[0].value, peeled + more, where)
         if value.op == "tuple" and value.args:
             value = value.args[0]
-        elif value.op == "setitem":
-            value = value.args[0]
-            peeled += 1
-        elif value.op == "binary" and value.data in _ELEMENTWISE:
-            arrays = [part for part in value.args if _is_computed(part)]
-            if len(arrays) != 1:
-                return value, peeled
-            value = arrays[0]
-            peeled += 1
-        elif value.op == "call" and len(_arrays(value)) == 1 and _keeps_rows(value):
-            value = _arrays(value)[0]
-            peeled += 1
+            continue
+        if value.op == "setitem":
+            value, peeled, taken_at = value.args[0], peeled + 1, None
+            continue
+        given = _computed(method, value)
+        if value.op == "binary" and value.data in _ELEMENTWISE and len(given) == 1:
+            value, peeled, taken_at = given[0][1], peeled + 1, None
+        elif value.op == "call" and len(given) == 1 and _acts_on_rows(value):
+            position, inner = given[0]
+            taken_at = value.syntax.args[position].span if value.syntax is not None else None
+            value, peeled = inner, peeled + 1
         else:
-            return value, peeled
+            return _Peeled(value, peeled, taken_at)
 
 
-def _arrays(call: Value) -> list[Value]:
-    return [part for part in call.args[1:] if _is_computed(part)]
+def _computed(method: Method, value: Value) -> list[tuple[int, Value]]:
+    """Operands that depend on what the method is given, with their positions."""
+    this = method.params[0]
+    operands = value.args if value.op == "binary" else value.args[1:]
+    first = 0 if value.op == "binary" else 1
+    return [
+        (position, part)
+        for position, part in enumerate(operands, first)
+        if any(inner.op == "param" and inner is not this for inner in part.walk())
+    ]
 
 
-def _is_computed(value: Value) -> bool:
-    """The value depends on what the forward method is given."""
-    return any(part.op == "param" and part.data[1] != "self" for part in value.walk())
-
-
-def _keeps_rows(call: Value) -> bool:
-    """A call of a module held in `self`, or of a function, on one array and numbers."""
+def _acts_on_rows(call: Value) -> bool:
+    """A call of a module held by the model, or of a function, on one array and settings."""
     callee = call.args[0]
     if any(keyword in ("cache", "axis", "*", "**") for keyword in call.data):
         return False
     if callee.op == "attr":
-        return callee.data == "as_linear" or callee.args[0].op in ("param", "attr")
-    return callee.op == "global" and callee.data.rsplit(".", 1)[-1] not in (
-        "mean", "sum", "max", "concatenate", "stack", "split", "all_gather", "take",
-    )
+        return callee.data in ("as_linear", "astype") or callee.args[0].op in ("param", "attr")
+    return callee.op == "global" and callee.data.rsplit(".", 1)[-1] not in _ACROSS
 
 
-def _cache_argument(method: Method, value: Value) -> str | None:
-    """The name under which the method knows the caches it hands on."""
-    parameters = {id(p): p.data[1] for p in method.params}
-    if value.op == "call":
-        for part in value.args[1:]:
-            name = parameters.get(id(live(part)))
-            if name is not None and _looks_like_caches(method, part):
-                return name
-    for parameter in method.params[1:]:
-        if _looks_like_caches(method, parameter):
-            return str(parameter.data[1])
+def _handed_on(call: Value, cache: Value, callee: Method) -> Value | None:
+    """The parameter of the callee that gets the caches."""
+    names = [parameter.name for parameter in callee.function.parameters]
+    for position, (keyword, value) in enumerate(zip(call.data, call.args[1:], strict=True)):
+        if live(value) is cache:
+            name = keyword if keyword is not None else names[position + 1]
+            return next((p for p in callee.params if p.data[1] == name), None)
     return None
 
 
-def _looks_like_caches(method: Method, value: Value) -> bool:
-    """`cache` is the keyword mlx_lm's loader contract fixes for the caches of a forward method."""
-    value = live(value)
-    return value.op == "param" and value.data[1] == "cache"
-
-
-def _wrap(module: ModuleFacts, method: Method, value: Value, cache: str | None) -> Edit | None:
+def _wrap(module: ModuleFacts, method: Method, found: _Peeled, cache: Value) -> Edit | None:
     source = module.source
-    if cache is None or cache in method.rebound:
-        return None
-    span = _where(method, value)
+    span = found.value.span if found.value.op == "call" else found.taken_at
     if span is None:
         return None
-    return replace(source, span, f"last_rows({source.text(span)}, {cache})", "last_rows")
-
-
-def _where(method: Method, value: Value) -> Span | None:
-    """The bytes of an expression that computes the value and nothing else."""
-    if value.op == "call":
-        return value.span
-    return None
+    held = names_before(method, span)
+    name = next((name for name, value in held.items() if live(value) is cache), None)
+    if name is None:
+        return None  # the name now means something else, such as the last layer's cache
+    return replace(source, span, f"last_rows({source.text(span)}, {name})", "last_rows")

@@ -22,6 +22,7 @@ class Spelled:
     raw_keys: Value
     raw_values: Value
     scale: Value | None
+    rescale: tuple[str, Value] | None  # "*" or "/" and what scores are scaled by after the product
     softcap: Value | None
     mask: Value | None
 
@@ -46,7 +47,7 @@ def spelled_attention(
     if len({id(mask) for mask in masks}) > 1:
         return None
     scores, softcap = _uncapped(program, scores)
-    scores = _uncast(scores)
+    scores, rescale = _unscaled(_uncast(scores))
     if scores.op != "binary" or scores.data != "@":
         return None
     turned = method_call(scores.args[1], "swapaxes", "transpose", "moveaxis")
@@ -69,6 +70,7 @@ def spelled_attention(
         raw_keys,
         raw_values,
         scale,
+        rescale,
         softcap,
         mask,
     )
@@ -80,6 +82,15 @@ def _uncast(value: Value) -> Value:
         if inner is None:
             return value
         value = inner
+
+
+def _unscaled(scores: Value) -> tuple[Value, tuple[str, Value] | None]:
+    """`(q @ k^T) * s` gives the product and ("*", s)."""
+    if scores.op == "binary" and scores.data in ("*", "/"):
+        inner = _uncast(scores.args[0])
+        if inner.op == "binary" and inner.data == "@":
+            return inner, (scores.data, scores.args[1])
+    return scores, None
 
 
 def _ungrouped(program: Program, value: Value) -> Value | None:

@@ -93,6 +93,7 @@ def _called(mixer: Mixer, method: Method) -> list[tuple[Value, Spelled]]:
 
 def _all_parameters(spelled: Spelled) -> bool:
     parts = [spelled.queries, spelled.keys, spelled.values]
+    parts += [spelled.rescale[1]] if spelled.rescale is not None else []
     parts += [part for part in (spelled.scale, spelled.softcap, spelled.mask) if part is not None]
     return all(part.op == "param" for part in parts)
 
@@ -112,6 +113,7 @@ def _replace_call(
         "scale": spelled.scale,
         "mask": spelled.mask,
         "softcap": spelled.softcap,
+        "rescale": spelled.rescale[1] if spelled.rescale is not None else None,
     }
     texts: dict[str, str] = {}
     for role, part in roles.items():
@@ -125,7 +127,10 @@ def _replace_call(
     if "mask" not in texts:
         return Miss(NAME, 2, "scores are masked", mixer.place(call))
     new = f"{texts['queries']}, {texts['keys']}, {texts['values']}, "
-    new += f"scale={texts.get('scale', '1.0')}, mask={texts['mask']}"
+    scale = texts.get("scale", "1.0")
+    if spelled.rescale is not None:
+        scale = f"{scale} {spelled.rescale[0]} {texts['rescale']}"
+    new += f"scale={scale}, mask={texts['mask']}"
     if "softcap" in texts:
         new += f", softcap={texts['softcap']}"
     effect = next(e for e in method.calls() if e.value is call)
@@ -178,6 +183,10 @@ def _replace_inline(
     queries, scale = _named(spelled.raw_queries, names), "1.0"
     if queries is None and spelled.scale is not None:
         queries, scale = _named(spelled.queries, names), text(spelled.scale) or ""
+    if spelled.rescale is not None:
+        factor = text(spelled.rescale[1])
+        scale = f"{scale} {spelled.rescale[0]} {factor}" if factor else ""
+        scale = scale.removeprefix("1.0 * ")
     parts = (queries, text(spelled.raw_keys), text(spelled.raw_values), text(spelled.mask))
     if None in parts or not scale:
         return Miss(NAME, 2, "queries, keys, values and mask have names", mixer.place(product))

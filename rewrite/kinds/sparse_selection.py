@@ -1,8 +1,7 @@
 """sparse_selection: attention over a selection of the cached keys.
 
-Matches     a class that ranks cached keys (an indexer, block scores) and attends to the best, or
-            that reads the cache's arrays to do so. DeepSeek-V3.2 sparse attention (DSA), MiniMax
-            block selection.
+Matches     a class that ranks cached keys (an indexer, block scores), itself or by a module it
+            holds, and attends to the best. DeepSeek-V3.2 sparse attention (DSA), MiniMax blocks.
 Refuses     everything that attends to all keys it may see.
 Becomes     the original code, once per sequence.
 """
@@ -10,8 +9,9 @@ Becomes     the original code, once per sequence.
 from __future__ import annotations
 
 from ..ir import Match, Miss
-from ..match import Mixer
+from ..match import Mixer, callee_name
 from ..per_sequence import per_sequence
+from ..states import Reach
 from . import Counter, Example
 
 NAME = "sparse_selection"
@@ -24,12 +24,13 @@ def match(mixer: Mixer) -> Match | Miss:
         return Miss(NAME, 0, "a fetch from a cache")
     if mixer.state_stores:
         return Miss(NAME, 1, "no state beside keys and values")
-    rankings = mixer.calls(*_RANKINGS)
-    reads = [read for read in mixer.cache_reads() if read.data in ("keys", "values")]
-    if not rankings and not reads:
-        return Miss(NAME, 1, "keys are ranked, or the cache's arrays are read")
-    evidence = [mixer.evidence("keys ranked", effect) for effect in rankings]
-    evidence += [mixer.evidence("cache array read", read) for read in reads]
+    names = Reach(mixer)
+    rankings = [e for e in names.calls() if callee_name(mixer.program, e.value) in _RANKINGS]
+    if not rankings:
+        return Miss(NAME, 1, "keys are ranked, by the class or a module it holds")
+    own = {id(effect) for method in mixer.methods for effect in method.effects}
+    evidence = [mixer.evidence("keys ranked", e) for e in rankings if id(e) in own]
+    evidence += [mixer.evidence("cache array read", read) for read in mixer.cache_reads()]
     return per_sequence(mixer, NAME, evidence)
 
 

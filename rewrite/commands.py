@@ -1,0 +1,206 @@
+"""The sub-commands. Those that run models load the runtime only when called."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .cli import UsageError
+from .diagnostics import EXPLANATIONS, SLUGS
+from .sources import SourceError, locate
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see `{self.prog} --help`)")
+
+
+# --------------------------------------------------------------------------- explain
+
+
+def explain(words: Sequence[str]) -> int:
+    """`explain MODEL|KIND|SLUG`: the evidence of a match, what a kind is, or what a refusal means."""
+    parser = _Parser(prog="mlxrewrite explain", description=explain.__doc__)
+    parser.add_argument("subject", metavar="MODEL|KIND|SLUG")
+    subject = parser.parse_args(words).subject
+    if subject in SLUGS:
+        print(f"{subject}: {SLUGS[subject]}")
+        if subject in EXPLANATIONS:
+            print(f"\n{EXPLANATIONS[subject]}")
+        return 0
+    from .kinds import all_kinds
+
+    for kind in all_kinds():
+        if kind.name == subject:
+            print(kind.doc.strip())
+            return 0
+    return _explain_model(subject)
+
+
+def _explain_model(subject: str) -> int:
+    from .pipeline import Compiler
+
+    try:
+        request = locate(subject)
+    except SourceError:
+        try:
+            request = locate(f"mlx_lm.models.{subject}")
+        except SourceError:
+            raise UsageError(f"{subject}: neither a model, a kind nor a slug") from None
+    if request.modules is None:
+        raise UsageError(f"{subject} is a folder: name one model of it")
+    compiled = Compiler(request.package).compile(request.modules[0])
+    from .diagnostics import render
+
+    for problem in compiled.errors:
+        print(render(problem), file=sys.stderr)
+    if compiled.emitted is None:
+        return 2
+    plan = compiled.emitted.plan
+    routes = {"model": "per-sequence (whole model)", "none": "nothing to rewrite"}
+    print(f"{plan.module}: {routes.get(plan.route, plan.route)}, {len(plan.edits)} edits")
+    for match in plan.matches:
+        features = f" ({', '.join(match.features)})" if match.features else ""
+        print(f"\n{match.class_name}\n  kind   {match.kind}{features}\n  route  {match.route}")
+        for site in match.sites:
+            print(f"  site   {site.place}: {site.rule}")
+        for item in match.evidence:
+            print(f"  because {item.role}\n    {item.place}: {item.place.text.strip()}")
+    told = [d for refusal in plan.refusals for d in refusal.diagnostics]
+    for diagnostic in dict.fromkeys((*told, *plan.notes)):
+        print(f"\n{render(diagnostic)}")
+    return 1 if plan.route == "refused" else 0
+
+
+# --------------------------------------------------------------------------- verify, generate
+
+
+def verify(words: Sequence[str]) -> int:
+    """Compare the rewritten model with the original on random ragged schedules."""
+    parser = _Parser(prog="mlxrewrite verify", description=verify.__doc__)
+    add = parser.add_argument
+    add("model", metavar="CONFIG.json|MODEL_DIR")
+    add("--seed", type=int, default=0, help="of weights, prompts and schedules (default 0)")
+    add("--schedules", type=int, default=2, help="random schedules to run (default 2)")
+    add("--generated", type=Path, help="folder of the rewritten files (default: the installed one)")
+    add("--json", action="store_true", help="print the report as JSON")
+    got = parser.parse_args(words)
+    if got.schedules < 1:
+        raise UsageError("--schedules takes a number from 1")
+    from .runtime.errors import RuntimeRefusal
+    from .runtime.verify import verify as run
+
+    try:
+        report = run(
+            got.model, seed=got.seed, schedules=got.schedules, generated=got.generated
+        )
+    except RuntimeRefusal as problem:
+        raise UsageError(str(problem)) from problem
+    print(json.dumps(report.to_json(), indent=1) if got.json else report.render())
+    return 0 if report.passed else 1
+
+
+def generate(words: Sequence[str]) -> int:
+    """Generate text for several prompts at once with a rewritten model."""
+    parser = _Parser(prog="mlxrewrite generate", description=generate.__doc__)
+    add = parser.add_argument
+    add("--model", required=True, metavar="DIR|REPO", help="a checkpoint as mlx_lm loads it")
+    add("--prompt", action="append", required=True, metavar="TEXT", help="may be given often")
+    add("--max-tokens", type=int, default=256)
+    add("--temp", type=float, default=0.0, help="0 is greedy (default)")
+    add("--top-p", type=float, default=0.0)
+    add("--top-k", type=int, default=0)
+    add("--min-p", type=float, default=0.0)
+    add("--seed", type=int, help="of the sampler")
+    add("--adapter-path", metavar="DIR", help="LoRA adapters, as mlx_lm loads them")
+    add("--no-chat", action="store_true", help="give prompts as they are, without chat template")
+    add("--generated", type=Path, help="folder of the rewritten files (default: the installed one)")
+    add("--trust-remote-code", action="store_true")
+    got = parser.parse_args(words)
+    if got.max_tokens < 1:
+        raise UsageError("--max-tokens takes a number from 1")
+    from .runtime.errors import RuntimeRefusal
+
+    try:
+        return _generate(got)
+    except RuntimeRefusal as problem:
+        raise UsageError(str(problem)) from problem
+
+
+def _generate(got: Any) -> int:
+    import mlx.core as mx
+    from mlx_lm.sample_utils import make_sampler
+
+    from .runtime.generate import encode_prompt, stream_generate
+    from .runtime.load import load
+
+    if got.seed is not None:
+        mx.random.seed(got.seed)
+    model, tokenizer = load(
+        got.model,
+        adapter_path=got.adapter_path,
+        generated=got.generated,
+        trust_remote_code=got.trust_remote_code,
+    )
+    prompts = [encode_prompt(tokenizer, text, chat=not got.no_chat) for text in got.prompt]
+    sampler = make_sampler(temp=got.temp, top_p=got.top_p, min_p=got.min_p, top_k=got.top_k)
+    events = stream_generate(
+        model, tokenizer, prompts, max_tokens=got.max_tokens, sampler=sampler
+    )
+    if len(prompts) == 1:
+        for event in events:
+            print(event.text, end="", flush=True)
+        print()
+        return 0
+    texts = [""] * len(prompts)
+    shown = 0  # prompts are shown in order: the first unfinished one streams
+    done = [False] * len(prompts)
+    print(f"[1] {got.prompt[0]}")
+    for event in events:
+        texts[event.index] += event.text
+        done[event.index] |= event.finish_reason is not None
+        if event.index == shown:
+            print(event.text, end="", flush=True)
+        while shown < len(prompts) and done[shown]:
+            shown += 1
+            print("\n")
+            if shown < len(prompts):
+                print(f"[{shown + 1}] {got.prompt[shown]}\n{texts[shown]}", end="", flush=True)
+    return 0
+
+
+def serve(words: Sequence[str]) -> int:
+    """mlx_lm's server on rewritten models."""
+    try:
+        from .runtime.serve import main
+    except ImportError as problem:
+        raise UsageError(f"serve is not available: {problem}") from problem
+    return int(main(list(words)))
+
+
+# --------------------------------------------------------------------------- kernels
+
+
+def kernels(words: Sequence[str]) -> int:
+    """`kernels list` names the kernel specialisations; `kernels show SPEC` prints the Metal text."""
+    parser = _Parser(prog="mlxrewrite kernels", description=kernels.__doc__)
+    parser.add_argument("action", choices=("list", "show"))
+    parser.add_argument("spec", nargs="?", metavar="SPEC")
+    got = parser.parse_args(words)
+    from .kernels import inspect
+
+    if got.action == "list":
+        for name in inspect.list_specs():
+            print(name)
+        return 0
+    if got.spec is None:
+        raise UsageError("kernels show needs the name of a specialisation")
+    try:
+        print(inspect.show(got.spec))
+    except (KeyError, ValueError) as problem:
+        raise UsageError(f"kernels show {got.spec}: {problem}") from problem
+    return 0
