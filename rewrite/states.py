@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cached_property
 
-from .ir import Effect, Method, Value
+from .ir import ClassFacts, Effect, Method, Value
 from .match import Mixer, callee_name, every_value, library_call
 from .program import Program
 
@@ -46,23 +46,28 @@ class Reach:
             yield from method.calls()
 
     def convolutions(self) -> bool:
-        for cls in self.program.reachable(self.mixer.cls).values():
-            for made in cls.attributes.values():
-                for value in made.walk():
-                    if value.op == "call" and callee_name(self.program, value) in _CONVOLUTIONS:
-                        return True
-        return any(callee_name(self.program, e.value) in _CONVOLUTIONS for e in self.calls())
+        """The forward uses a convolution: a module that __init__ made, or a function."""
+        return self._uses_module(_CONVOLUTIONS) or any(
+            callee_name(self.program, effect.value) in _CONVOLUTIONS for effect in self.calls()
+        )
 
     def embeds(self) -> bool:
-        """A module of the class looks up embeddings."""
+        """The forward looks up embeddings."""
+        return self._uses_module(frozenset({"mlx.nn.Embedding"}))
+
+    def _uses_module(self, constructors: frozenset[str]) -> bool:
+        """The forward reads an attribute that __init__ made with one of the constructors."""
+        names = {
+            name
+            for cls in self.program.reachable(self.mixer.cls).values()
+            for name, made in cls.attributes.items()
+            for value in (*made.walk(), *_appended(cls, name))
+            if value.op == "call" and callee_name(self.program, value) in constructors
+        }
         return any(
-            value.op == "call" and callee_name(self.program, value) == "mlx.nn.Embedding"
-            for made in self.mixer.cls.attributes.values()
-            for value in made.walk()
-        ) or any(
-            callee_name(self.program, effect.value) == "mlx.nn.Embedding"
-            for effect in self.mixer.cls.methods["__init__"].calls()
-            if "__init__" in self.mixer.cls.methods
+            value.op == "attr" and value.data in names and value.args[0].op == "param"
+            for method in self.methods
+            for value in every_value(method)
         )
 
     def library_recurrence(self) -> bool:
@@ -114,6 +119,16 @@ class Reach:
                 ):
                     return True
         return False
+
+
+def _appended(cls: ClassFacts, name: str) -> Iterator[Value]:
+    """What __init__ appends to the list `self.<name>`."""
+    init = cls.methods.get("__init__")
+    for effect in init.calls() if init is not None else ():
+        callee = effect.value.args[0]
+        if callee.op == "attr" and callee.data == "append" and callee.args[0].op == "attr":
+            if callee.args[0].data == name:
+                yield from effect.value.args[1:]
 
 
 def _is_range_of_length(program: Program, value: Value) -> bool:
