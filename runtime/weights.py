@@ -3,7 +3,7 @@
 The initial values of a freshly built model hide mistakes: gains are one, biases, sinks and
 routers are zero, and a decay can forget everything but the current token. `randomise` replaces
 them by rules about shapes and initial values. The only names it looks at are those of decay
-parameters and of norm modules, whose value ranges no shape can tell.
+parameters and the kind of module (embedding, norm), which no shape can tell.
 
 | parameter                            | value                                                   |
 |--------------------------------------|---------------------------------------------------------|
