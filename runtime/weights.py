@@ -22,7 +22,7 @@ parameters and the kind of module (embedding, norm), which no shape can tell.
 | any other matrix [..., out, in]      | n / sqrt(in)                                            |
 
 n is standard normal. `A_log` and `dt_bias` together give a decay exp(-exp(A_log) *
-softplus(x + dt_bias)) of about 0.6 to 1 per token for x of unit variance, so a state neither
+softplus(x + dt_bias)) of about 0.5 to 1 per token for x of unit variance, so a state neither
 explodes nor forgets within a test prompt; RG-LRU's exp(-8 * gate * softplus(p)) gets about 0.8
 for a gate of one half. An embedding as large as what a layer adds to it keeps both the token and
 the mixing visible; tied logits then have a standard deviation of about 0.5 sqrt(width). The
