@@ -111,8 +111,13 @@ class PagedCache:
 
     @property
     def free_blocks(self) -> dict[Retention, int]:
-        """Free blocks of each group of layers."""
-        return {group.retention: group.allocator.num_free for group in self._groups}
+        """Free blocks of each group of layers that pages anything."""
+        groups = [group for group in self._groups if not group.unused]
+        return {group.retention: group.allocator.num_free for group in groups}
+
+    def num_blocks(self, retention: Retention) -> int:
+        """All blocks of a group of layers."""
+        return next(g.allocator.num_blocks for g in self._groups if g.retention == retention)
 
     # ------------------------------------------------------------------ step
 
@@ -140,9 +145,15 @@ class PagedCache:
         self._commit(rows)
         return logits[: len(wanted)] if len(wanted) < logits.shape[0] else logits
 
-    def arrays(self) -> list[mx.array]:
-        """Everything a later step depends on: evaluate it when no logits are."""
+    def arrays(self, states: bool = True) -> list[mx.array]:
+        """Everything a later step depends on: evaluate it with each step.
+
+        Without `states` only the pools: the state of mixers that run once per sequence may wait
+        when logits are evaluated, which need all of it but the newest.
+        """
         found = [a for leaf in self._leaves.values() for a in leaf.pool.arrays()]
+        if not states:
+            return found
         for state in self._sequences.values():
             for original in state.originals or ():
                 flat = tree_flatten(original.state)
@@ -315,6 +326,18 @@ def cache_specs(model: Any) -> list[Spec | None]:
     if not hasattr(model, "make_cache"):
         return [KVCache() for _ in model.layers]
     return [entry if is_spec(entry) else None for entry in model.make_cache()]
+
+
+def cache_retentions(model: Any) -> list[Retention]:
+    """The retentions of the model's groups of layers, each once."""
+    found: dict[Retention, None] = {}
+    stack = [spec for spec in reversed(cache_specs(model)) if spec is not None]
+    while stack:
+        spec = stack.pop()
+        stack.extend(reversed(spec.parts))
+        if spec.retention is not None:
+            found[spec.retention] = None
+    return list(found)
 
 
 def fresh_caches(model: Any, specs: Sequence[Spec | None]) -> list[Any]:

@@ -18,7 +18,7 @@ from mlx import nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
-from .cache import PagedCache
+from .cache import PagedCache, cache_retentions
 from .compare import Chunking, Comparison, compare, original_logits, rewritten_logits
 from .errors import BadModel
 from .load import (
@@ -236,7 +236,8 @@ def _vocabulary(config: dict[str, Any], model: nn.Module) -> int:
     sizes = [c["vocab_size"] for c in (config, *nested) if isinstance(c.get("vocab_size"), int)]
     # Nothing is computed: the shape is known without.
     logits = model(mx.array([[0]]), cache=make_prompt_cache(model))
-    return min([*sizes, logits.shape[-1]])
+    known: int = logits.shape[-1]
+    return min([*sizes, known])
 
 
 def _windows(config: Any) -> Iterator[int]:
@@ -256,6 +257,6 @@ def _windows(config: Any) -> Iterator[int]:
 
 
 def _retained(model: nn.Module) -> Iterator[int]:
-    for retention in PagedCache(model, num_blocks=1).free_blocks:
+    for retention in cache_retentions(model):
         if length := retention.window or retention.chunk:
             yield length
