@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -85,22 +84,25 @@ def verify(words: Sequence[str]) -> int:
     add = parser.add_argument
     add("model", metavar="CONFIG.json|MODEL_DIR")
     add("--seed", type=int, default=0, help="of weights, prompts and schedules (default 0)")
-    add("--schedules", type=int, default=2, help="random schedules to run (default 2)")
+    add(
+        "--reference",
+        choices=("same", "whole", "tokens"),
+        default="same",
+        help="how the original is fed: in the same chunks, whole prompts, or single tokens",
+    )
     add("--generated", type=Path, help="folder of the rewritten files (default: the installed one)")
     add("--json", action="store_true", help="print the report as JSON")
     got = parser.parse_args(words)
-    if got.schedules < 1:
-        raise UsageError("--schedules takes a number from 1")
     from .runtime.errors import RuntimeRefusal
     from .runtime.verify import verify as run
 
     try:
         report = run(
-            got.model, seed=got.seed, schedules=got.schedules, generated=got.generated
+            got.model, seed=got.seed, generated=got.generated, reference=got.reference
         )
     except RuntimeRefusal as problem:
         raise UsageError(str(problem)) from problem
-    print(json.dumps(report.to_json(), indent=1) if got.json else report.render())
+    print(report.to_json() if got.json else report.text())
     return 0 if report.passed else 1
 
 

@@ -75,3 +75,8 @@ def row_ends(rows: Sequence[Rows]) -> mx.array:
     """[T] int32: how long each row's sequence is after the step."""
     spans = [np.full(r.length, r.end, dtype=np.int32) for r in rows]
     return mx.array(np.concatenate(spans))
+
+
+def logits_of(output: Any) -> mx.array:
+    """The logits in what a forward returned: olmo with tied embeddings adds its caches."""
+    return output[0] if isinstance(output, tuple) else output

@@ -136,7 +136,7 @@ class PagedCache:
         views = [self._view(spec, batch, entry, ()) for entry, spec in enumerate(self.specs)]
         try:
             with sequence_ends(batch.positions, batches.row_ends(rows)):
-                logits = self.model(batch.ids, cache=views)
+                logits = batches.logits_of(self.model(batch.ids, cache=views))
         except BaseException:
             for part in rows:
                 self._sequences[part.sequence].broken = True

@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
+from .batch import logits_of
 from .cache import PagedCache
 from .schedule import Schedule
 
@@ -50,7 +51,7 @@ def original_logits(model: Any, schedule: Schedule, chunking: Chunking) -> list[
         cache = make_prompt_cache(model)
         rows = []
         for chunk in _chunked(schedule.chunks(name), chunking):
-            logits = model(mx.array([chunk]), cache=cache)[0].astype(mx.float32)
+            logits = logits_of(model(mx.array([chunk]), cache=cache))[0].astype(mx.float32)
             mx.eval(logits, [entry.state for entry in cache])
             rows.append(np.array(logits))
         results.append(np.concatenate(rows))

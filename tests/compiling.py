@@ -41,7 +41,7 @@ def mlx_lm() -> Package:
 def model_names(package: Package) -> list[str]:
     """Modules of the package that a loader can ask for a model."""
     text = {name: package.path_of(name) for name in package.modules()}
-    return [n for n, p in text.items() if p is not None and b"Model" in p.read_bytes()]
+    return [n for n, p in text.items() if p is not None and b"\nclass Model(" in p.read_bytes()]
 
 
 def compile_folder(folder: Path) -> dict[str, Compiled]:
