@@ -1,16 +1,23 @@
-"""Kernel specialisations: every axis of a kernel is a field of its spec."""
+"""Kernel specialisations: every axis of a kernel is a field of its spec, and every field is a hole
+of its template. `AttentionSpec` is what a layer asks for; the others are kernels."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import ClassVar
 
-DTYPES = ("float32", "float16", "bfloat16")
+DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
+SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 BLOCK_SIZES = (8, 16, 32, 64)
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
-    """What an attention layer asks of the kernels."""
+    """What an attention layer asks of the kernels.
+
+    dtype is the queries' and the output's; pool_dtype the cache's. shared_values: values are the
+    first value_dim entries of the keys (a latent cache).
+    """
 
     key_dim: int
     value_dim: int
@@ -19,8 +26,6 @@ class AttentionSpec:
     block_size: int
     dtype: str
     pool_dtype: str
-    window: bool = False
-    chunk: bool = False
     softcap: bool = False
     sinks: bool = False
     shared_values: bool = False
@@ -37,4 +42,102 @@ def supports(spec: AttentionSpec) -> str | None:
         return f"block size {spec.block_size}: kernels exist for 8, 16, 32 and 64"
     if spec.query_heads % spec.kv_heads:
         return f"{spec.query_heads} query heads do not divide among {spec.kv_heads} key heads"
+    if spec.shared_values and spec.value_dim > spec.key_dim:
+        return f"values of {spec.value_dim} entries cannot be a part of keys of {spec.key_dim}"
     return None
+
+
+@dataclass(frozen=True, slots=True)
+class KernelSpec:
+    """One kernel: a template and a value for each of its holes."""
+
+    template: ClassVar[str]
+    mutable: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        raise NotImplementedError
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        raise NotImplementedError
+
+    @property
+    def name(self) -> str:
+        """Spells the whole specialisation: two kernels of one name are one kernel."""
+        words = [self.template]
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool):
+                words += [field.name] if value else []
+            elif isinstance(value, str):
+                words.append(SHORT[value])
+            else:
+                words.append(f"{''.join(part[0] for part in field.name.split('_'))}{value}")
+        return "_".join(words)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeSpec(KernelSpec):
+    """One query row, one key head and a part of its keys per threadgroup.
+
+    heads: query heads of one simdgroup; a group of more is spread over several simdgroups.
+    key_groups: simdgroups that take turns at the keys. tile: keys of one turn of a simdgroup.
+    vector: elements of one load. partial: leaves parts for `ReduceSpec` to merge.
+    """
+
+    template: ClassVar[str] = "decode"
+
+    query_dtype: str
+    pool_dtype: str
+    key_dim: int
+    value_dim: int
+    kv_heads: int
+    group: int
+    block_size: int
+    heads: int
+    key_groups: int
+    tile: int
+    vector: int
+    softcap: bool
+    sinks: bool
+    shared_values: bool
+    partial: bool
+
+    @property
+    def simdgroups(self) -> int:
+        return self.key_groups * -(-self.group // self.heads)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        names = ["queries", "key_pool", "block_tables", "items", "settings", "token_in"]
+        if not self.shared_values:
+            names.insert(2, "value_pool")
+        return (*names, "sinks") if self.sinks and not self.partial else tuple(names)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        results = ("partial_values", "partial_stats") if self.partial else ("output",)
+        return (*results, "token_out")
+
+
+@dataclass(frozen=True, slots=True)
+class ReduceSpec(KernelSpec):
+    """One row and query head per threadgroup: merges what a partial decode kernel left."""
+
+    template: ClassVar[str] = "reduce"
+
+    query_dtype: str
+    value_dim: int
+    query_heads: int
+    simdgroups: int
+    sinks: bool
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        names = ("partial_values", "partial_stats", "row_items")
+        return (*names, "sinks") if self.sinks else names
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return ("output",)
