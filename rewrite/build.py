@@ -22,6 +22,8 @@ from .diagnostics import error
 from .ir import Diagnostic, Place
 from .sources import Package, installed_package
 
+Inputs = tuple[tuple[str, str], ...]
+
 
 @dataclass(frozen=True, slots=True)
 class Built:
@@ -31,6 +33,7 @@ class Built:
     code: bytes | None
     manifest: bytes | None  # None: a support module without a model in it, or an error
     errors: tuple[Diagnostic, ...]
+    inputs: Inputs = ()  # every module that was read, with its hash
     cached: bool = False
 
     @property
@@ -55,20 +58,30 @@ def build(
             done[name] = known
             progress(name)
     rest = [name for name in modules if name not in done]
-    for built, inputs in _compile_all(package, rest, jobs):
+    for built in _compile_all(package, rest, jobs):
         done[built.module] = built
         if store is not None and not built.errors:
-            store.keep(built, inputs)
+            store.keep(built)
         progress(built.module)
     return [done[name] for name in modules]
 
 
-Inputs = tuple[tuple[str, str], ...]
+def with_siblings(
+    package: Package, modules: Sequence[str], *, jobs: int, use_cache: bool = True
+) -> list[Built]:
+    """The modules and the siblings whose generated files theirs import, sorted by name."""
+    done: dict[str, Built] = {}
+    queue = list(modules)
+    while queue:
+        for built in build(package, queue, jobs=jobs, use_cache=use_cache):
+            done[built.module] = built
+        read = {name for built in done.values() for name, _ in built.inputs}
+        inside = {name for name in read if name.startswith(f"{package.name}.")}
+        queue = sorted(inside - set(done))
+    return [done[name] for name in sorted(done)]
 
 
-def _compile_all(
-    package: Package, modules: list[str], jobs: int
-) -> Iterator[tuple[Built, Inputs]]:
+def _compile_all(package: Package, modules: list[str], jobs: int) -> Iterator[Built]:
     jobs = max(1, min(jobs, len(modules) // 4))
     if jobs == 1:
         yield from _compile_chunk(package, modules)
@@ -82,17 +95,17 @@ def _compile_all(
             except BrokenProcessPool:  # out of memory, most likely
                 for name in waiting[future]:
                     problem = error("unreadable", f"{name}: a worker process died", act="source")
-                    yield Built(name, None, None, (problem,)), ()
+                    yield Built(name, None, None, (problem,))
 
 
-def _chunk_list(package: Package, modules: list[str]) -> list[tuple[Built, Inputs]]:
+def _chunk_list(package: Package, modules: list[str]) -> list[Built]:
     return list(_compile_chunk(package, modules))
 
 
 _COMPILERS: dict[Package, Any] = {}
 
 
-def _compile_chunk(package: Package, modules: list[str]) -> Iterator[tuple[Built, Inputs]]:
+def _compile_chunk(package: Package, modules: list[str]) -> Iterator[Built]:
     from .pipeline import Compiler
 
     compiler = _COMPILERS.setdefault(package, Compiler(package))
@@ -101,7 +114,7 @@ def _compile_chunk(package: Package, modules: list[str]) -> Iterator[tuple[Built
             result = compiler.compile(name)
         except RecursionError:
             problem = error("syntax", f"{name}: nested too deeply")
-            yield Built(name, None, None, (problem,)), ()
+            yield Built(name, None, None, (problem,))
             continue
         except Exception as bug:
             problem = error(
@@ -111,14 +124,14 @@ def _compile_chunk(package: Package, modules: list[str]) -> Iterator[tuple[Built
             )
             if os.environ.get("MLXREWRITE_TRACEBACK"):
                 raise
-            yield Built(name, None, None, (problem,)), ()
+            yield Built(name, None, None, (problem,))
             continue
         emitted = result.emitted
         manifest = emitted.manifest if emitted is not None else None
         if emitted is not None and emitted.plan.route == "none" and not emitted.plan.edits:
             manifest = None
         code = emitted.code if emitted is not None and manifest is not None else None
-        yield Built(name, code, manifest, result.errors), result.inputs
+        yield Built(name, code, manifest, result.errors, result.inputs)
 
 
 # --------------------------------------------------------------------------- what is kept
@@ -145,16 +158,17 @@ class Store:
             )
             if sha256((code or b"") + (manifest or b"")).hexdigest() != kept["digest"]:
                 return None
-            return Built(name, code, manifest, (), cached=True)
+            inputs = tuple((module, digest) for module, digest in kept["inputs"])
+            return Built(name, code, manifest, (), inputs, cached=True)
         except (OSError, ValueError, KeyError, TypeError):
             return None  # absent, or from a run that was cut off: compile again
 
-    def keep(self, built: Built, inputs: Inputs) -> None:
+    def keep(self, built: Built) -> None:
         from .passes.write import _replace
 
         code, manifest = built.code, built.manifest
         content = {
-            "inputs": inputs,
+            "inputs": built.inputs,
             "digest": sha256((code or b"") + (manifest or b"")).hexdigest(),
             "code": code.decode() if code is not None else None,
             "manifest": manifest.decode() if manifest is not None else None,

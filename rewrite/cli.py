@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import __version__
-from .build import Built, build, diagnostic_json
+from .build import Built, build, diagnostic_json, with_siblings
 from .diagnostics import render
 from .passes.write import Difference, compare, write
 from .sources import Package, Request, SourceError, locate
@@ -103,9 +103,7 @@ def _rewrite_options(words: list[str]) -> Options:
     mode = "upstream" if got.upstream else mode
     sources = tuple(got.sources) or (DEFAULT_SOURCE,)
     only = tuple(got.only)
-    return Options(
-        sources, got.out, mode, got.report, got.jobs, only, got.quiet, not got.no_cache
-    )
+    return Options(sources, got.out, mode, got.report, got.jobs, only, got.quiet, not got.no_cache)
 
 
 def rewrite(options: Options) -> int:
@@ -115,11 +113,11 @@ def rewrite(options: Options) -> int:
     requests = [locate(source) for source in options.sources]
     for request in requests:
         modules = _selected(request, options.only)
-        built = _build(request.package, modules, options)
+        whole = request.modules is None and not options.only
+        built = _build(request.package, modules, options, whole)
         folder = options.out or default_folder(request.package)
         if len(requests) > 1 and options.out is not None:
             folder = options.out / _folder_name(request.package)
-        whole = request.modules is None and not options.only
         status = max(status, _finish(request.package, built, folder, whole, options))
         report += [_report_row(item) for item in built]
     if options.report is not None:
@@ -157,7 +155,9 @@ def _selected(request: Request, only: tuple[str, ...]) -> list[str]:
     return [name for name in modules if name in wanted]
 
 
-def _build(package: Package, modules: list[str], options: Options) -> list[Built]:
+def _build(package: Package, modules: list[str], options: Options, whole: bool) -> list[Built]:
+    if not whole:
+        return with_siblings(package, modules, jobs=options.jobs, use_cache=options.use_cache)
     quiet = options.quiet or not sys.stderr.isatty()
     if quiet:
         return build(package, modules, jobs=options.jobs, use_cache=options.use_cache)

@@ -97,9 +97,7 @@ def verify(words: Sequence[str]) -> int:
     from .runtime.verify import verify as run
 
     try:
-        report = run(
-            got.model, seed=got.seed, generated=got.generated, reference=got.reference
-        )
+        report = run(got.model, seed=got.seed, generated=got.generated, reference=got.reference)
     except RuntimeRefusal as problem:
         raise UsageError(str(problem)) from problem
     print(report.to_json() if got.json else report.text())
@@ -150,9 +148,7 @@ def _generate(got: Any) -> int:
     )
     prompts = [encode_prompt(tokenizer, text, chat=not got.no_chat) for text in got.prompt]
     sampler = make_sampler(temp=got.temp, top_p=got.top_p, min_p=got.min_p, top_k=got.top_k)
-    events = stream_generate(
-        model, tokenizer, prompts, max_tokens=got.max_tokens, sampler=sampler
-    )
+    events = stream_generate(model, tokenizer, prompts, max_tokens=got.max_tokens, sampler=sampler)
     if len(prompts) == 1:
         for event in events:
             print(event.text, end="", flush=True)

@@ -410,9 +410,7 @@ class Flow:
         return id(value) in self.members
 
 
-def flow(
-    mixer: Mixer, method: Method, roots: Iterable[Value], consumers: Iterable[Value]
-) -> Flow:
+def flow(mixer: Mixer, method: Method, roots: Iterable[Value], consumers: Iterable[Value]) -> Flow:
     """Follow `roots` through assignments, tuples, branches and calls that end in attention.
 
     `consumers` are calls that may take a member. A use as an argument of a call passes the member
@@ -436,9 +434,7 @@ def flow(
             ):
                 members[id(user)] = user
                 queue.append(user)
-            elif user.op == "phi" or is_none_test(user) is not None:
-                continue
-            elif user.op == "attr" and user.data in ("dtype", "shape"):
+            elif user.op == "phi" or is_none_test(user) is not None or (user.op == "attr" and user.data in ("dtype", "shape")):
                 continue
             elif user.op == "attr" and user.data == "astype":
                 for call in (u.user for u in table.get(id(user), ()) if u.user is not None):
@@ -459,9 +455,7 @@ def _passes_on(mixer: Mixer, method: Method, user: Value, use: Use) -> bool:
     return any(ends_in_attention(mixer.program, cls, found) for cls, found in reached)
 
 
-def ends_in_attention(
-    program: Program, cls: ClassFacts, method: Method, depth: int = 0
-) -> bool:
+def ends_in_attention(program: Program, cls: ClassFacts, method: Method, depth: int = 0) -> bool:
     """A call of the method may reach a fused attention call."""
     if any(True for _ in attends(program, method)):
         return True

@@ -138,7 +138,7 @@ def _installed(name: str) -> Request:
 
 def _release(name: str, folder: Path) -> str:
     """`mlx-lm 0.32.2` for modules of an installed distribution, else nothing."""
-    top = name.split(".")[0]
+    top = name.split(".", maxsplit=1)[0]
     spec = PathFinder.find_spec(top)
     locations = list(spec.submodule_search_locations or []) if spec is not None else []
     if not any(folder.resolve().is_relative_to(Path(place).resolve()) for place in locations):

@@ -104,7 +104,6 @@ class Reach:
                     return True
         return False
 
-
     def joins_state(self) -> bool:
         """`concatenate([cache[i], parameter], ...)`."""
         loads = set(map(id, self.mixer.state_loads))

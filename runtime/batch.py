@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from itertools import groupby
+from typing import Any, Protocol, cast
 
 import mlx.core as mx
 import numpy as np
@@ -48,21 +49,42 @@ class Batch:
         return len(self.wanted)
 
 
-def row_ids(tokens: Sequence[Sequence[int] | mx.array]) -> mx.array:
+@dataclass(frozen=True, slots=True, eq=False)
+class Sampled:
+    """One token that an earlier step samples: entry `place` of its tokens [S], not known yet."""
+
+    tokens: mx.array
+    place: int
+
+    def __len__(self) -> int:
+        return 1
+
+
+def row_ids(tokens: Sequence[Sequence[int] | mx.array | Sampled]) -> mx.array:
     """All tokens below each other, [T, 1] int32. Arrays may be unevaluated and stay so."""
     arrays: list[mx.array] = []
-    known: list[int] = []
-    for part in tokens:
-        if isinstance(part, mx.array):
-            if known:
-                arrays.append(mx.array(known, mx.int32))
-                known = []
-            arrays.append(part.reshape(-1).astype(mx.int32))
+    for _, run in groupby(tokens, _source):
+        first, *rest = run
+        if isinstance(first, Sampled):
+            # One gather, not a slice for each row.
+            places = [first.place] + [part.place for part in rest if isinstance(part, Sampled)]
+            source = first.tokens
+            if places != list(range(source.size)):
+                source = source[mx.array(places, mx.int32)]
+            arrays.append(source.astype(mx.int32))
+        elif isinstance(first, mx.array):
+            arrays.append(first.reshape(-1).astype(mx.int32))
         else:
-            known.extend(part)
-    if known:
-        arrays.append(mx.array(known, mx.int32))
+            known = [token for part in (first, *rest) for token in cast(Sequence[int], part)]
+            arrays.append(mx.array(known, mx.int32))
     return (arrays[0] if len(arrays) == 1 else mx.concatenate(arrays))[:, None]
+
+
+def _source(part: Sequence[int] | mx.array | Sampled) -> int:
+    """Neighbours with the same number are joined; -1 for tokens that are known."""
+    if isinstance(part, Sampled):
+        return id(part.tokens)
+    return id(part) if isinstance(part, mx.array) else -1
 
 
 def row_positions(rows: Sequence[Rows]) -> mx.array:

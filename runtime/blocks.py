@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from .caches import Retention
@@ -16,30 +16,72 @@ class BlockAllocator:
 
     Lowest first keeps a lone sequence contiguous, which the gathered route turns into a slice.
     With `shuffle_seed` the order is random but repeatable: for tests.
+
+    A block can be marked as worth keeping. When nobody holds it any more it is free like others,
+    but handed out only when no other is left, the one released longest ago first; until then
+    `share` revives it. `on_evict` is told when such a block is handed out.
     """
 
-    def __init__(self, num_blocks: int, shuffle_seed: int | None = None) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        shuffle_seed: int | None = None,
+        on_evict: Callable[[int], None] | None = None,
+    ) -> None:
         if num_blocks < 1:
             raise ValueError(f"expected at least one block, got {num_blocks}")
         self.num_blocks = num_blocks
+        self.on_evict = on_evict
         self._free = list(range(num_blocks))
         self._references = [0] * num_blocks
         self._random = None if shuffle_seed is None else random.Random(shuffle_seed)
+        self._worthy: set[int] = set()
+        self._kept: dict[int, None] = {}  # worthy blocks that nobody holds, oldest first
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        """Blocks that can be handed out, those kept for their content included."""
+        return len(self._free) + len(self._kept)
+
+    @property
+    def num_kept(self) -> int:
+        """Free blocks whose content is still worth something."""
+        return len(self._kept)
+
+    def references(self, block: int) -> int:
+        """How many hold the block."""
+        return self._references[block]
+
+    def keep(self, block: int) -> None:
+        """Mark a block that somebody holds as worth keeping once nobody does."""
+        if self._references[block] < 1:
+            raise ValueError(f"block {block} is free and cannot be marked")
+        self._worthy.add(block)
+
+    def forget(self, block: int) -> None:
+        """Take the mark off a block; harmless if it has none."""
+        self._worthy.discard(block)
+        if block in self._kept:
+            del self._kept[block]
+            self._give_back(block)
 
     def allocate(self, count: int) -> list[int]:
         """`count` blocks with one reference each. Raises OutOfBlocks and changes nothing."""
-        if count > len(self._free):
-            raise OutOfBlocks(f"needs {count} blocks, {len(self._free)} are free")
+        if count > self.num_free:
+            raise OutOfBlocks(f"needs {count} blocks, {self.num_free} are free")
         blocks = [self._take() for _ in range(count)]
         for block in blocks:
             self._references[block] = 1
         return blocks
 
     def _take(self) -> int:
+        if not self._free:
+            oldest = next(iter(self._kept))
+            del self._kept[oldest]
+            self._worthy.discard(oldest)
+            if self.on_evict is not None:
+                self.on_evict(oldest)
+            return oldest
         if self._random is None:
             return heapq.heappop(self._free)
         chosen = self._random.randrange(len(self._free))
@@ -47,26 +89,34 @@ class BlockAllocator:
         return self._free.pop()
 
     def share(self, blocks: Iterable[int]) -> None:
-        """One more reference to each block."""
+        """One more reference to each block; one that nobody holds must be a kept one."""
         for block in blocks:
             if self._references[block] < 1:
-                raise ValueError(f"block {block} is free and cannot be shared")
+                if block not in self._kept:
+                    raise ValueError(f"block {block} is free and cannot be shared")
+                del self._kept[block]
             self._references[block] += 1
 
     def release(self, blocks: Iterable[int]) -> list[int]:
-        """One reference less to each block; returns those that nobody holds any more."""
+        """One reference less to each block; returns those that nobody holds or keeps any more."""
         freed = []
         for block in blocks:
             if self._references[block] < 1:
                 raise ValueError(f"block {block} is free already")
             self._references[block] -= 1
             if self._references[block] == 0:
-                freed.append(block)
-                if self._random is None:
-                    heapq.heappush(self._free, block)
+                if block in self._worthy:
+                    self._kept[block] = None
                 else:
-                    self._free.append(block)
+                    freed.append(block)
+                    self._give_back(block)
         return freed
+
+    def _give_back(self, block: int) -> None:
+        if self._random is None:
+            heapq.heappush(self._free, block)
+        else:
+            self._free.append(block)
 
 
 @dataclass(slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from mlx.utils import tree_flatten
 from mlxrewrite.kernels.ops import Ragged
 
 from . import batch as batches
-from .batch import Batch
+from .batch import Batch, Sampled
 from .blocks import BlockAllocator, BlockTable
 from .caches import KVCache, Retention, Spec, is_spec
 from .errors import OutOfBlocks, RuntimeRefusal, UnknownSequence
@@ -21,7 +22,7 @@ from .rope import sequence_ends
 from .rows import Rows
 from .views import VIEWS, ForeignView, Leaf, ListView, StateView, View
 
-Tokens = Sequence[int] | mx.array
+Tokens = Sequence[int] | mx.array | Sampled
 LogitRows = Literal["last", "all"] | Mapping[int, Sequence[int]]
 
 
@@ -59,6 +60,7 @@ class PagedCache:
     `num_blocks` blocks of `block_size` positions for every group of layers with equal retention, or
     a number for each retention. Pools take the type of the keys unless `dtype` is given. `poison`
     and `shuffle_seed` are for tests: NaN in blocks that nobody holds, blocks in random order.
+    Sequences can be cut back by up to `rollback` positions: windows keep that much more.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class PagedCache:
         dtype: mx.Dtype | None = None,
         poison: bool = False,
         shuffle_seed: int | None = None,
+        rollback: int = 0,
     ) -> None:
         if block_size < 1:
             raise RuntimeRefusal(f"block size: expected at least 1, got {block_size}")
@@ -80,7 +83,9 @@ class PagedCache:
         self._dtype = dtype
         self._poison = poison
         self._shuffle_seed = shuffle_seed
+        self._rollback = rollback
         self._groups: list[_Group] = []
+        self._state_entries = False
         self._leaves: dict[tuple[int, ...], Leaf] = {}
         for entry, spec in enumerate(self.specs):
             self._collect(spec, entry, ())
@@ -103,7 +108,86 @@ class PagedCache:
         state = self._find(sequence)
         del self._sequences[sequence]
         for group, table in zip(self._groups, state.tables, strict=True):
-            self._release(group, table.blocks)
+            # The last first: of blocks kept for their content, a sequence's first outlive the rest.
+            self._release(group, table.blocks[::-1])
+
+    def adopt(self, tables: Sequence[BlockTable], length: int) -> int:
+        """A new sequence that begins with the first `length` positions of others, in their blocks.
+
+        `tables` has one entry for each group of layers. Whole blocks are shared, a last one that
+        is only partly wanted is copied. Raises OutOfBlocks, and changes nothing, if the copy has
+        no place.
+        """
+        partial = length % self.block_size != 0
+        for group, table in zip(self._groups, tables, strict=True):
+            group.allocator.share(table.blocks)
+        mine = [BlockTable(list(table.blocks), table.dropped) for table in tables]
+        used = [(g, t) for g, t in zip(self._groups, mine, strict=True) if not g.unused]
+        if partial and any(not group.allocator.num_free for group, _ in used):
+            for group, table in zip(self._groups, mine, strict=True):
+                self._release(group, table.blocks[::-1])
+            raise OutOfBlocks("no free block for the copy of a block that is partly shared")
+        if partial:
+            for group, table in used:
+                shared = table.blocks[-1]
+                table.blocks[-1:] = group.allocator.allocate(1)
+                for leaf in group.leaves:
+                    leaf.pool.copy([shared], table.blocks[-1:])
+                self._release(group, [shared])
+        name = self._next_id
+        self._next_id += 1
+        self._sequences[name] = _Sequence(mine, length)
+        return name
+
+    def reserve(self, sequence: int, count: int) -> int:
+        """Give a sequence places for up to `count` more positions; returns for how many."""
+        state = self._find(sequence)
+        wanted = state.length + count
+        used = [(g, state.tables[i]) for i, g in enumerate(self._groups) if not g.unused]
+        for group, table in used:
+            most = table.dropped + len(table.blocks) + group.allocator.num_free
+            wanted = min(wanted, most * self.block_size)
+        for group, table in used:
+            table.blocks += group.allocator.allocate(table.missing(wanted, self.block_size))
+        return max(0, wanted - state.length)
+
+    def truncate(self, sequence: int, length: int) -> None:
+        """Forget the positions from `length` on: what a step appended and nobody wants.
+
+        No more than the `rollback` that the cache was made for, and no mixer that keeps state.
+        """
+        state = self._find(sequence)
+        if not state.length - self._rollback <= length <= state.length:
+            raise RuntimeRefusal(
+                f"truncate: expected a length from {state.length - self._rollback} to "
+                f"{state.length}, got {length}"
+            )
+        if not self.pages_everything:
+            raise RuntimeRefusal("truncate: the state of a recurrent mixer cannot be taken back")
+        state.length = length
+        for group, table in zip(self._groups, state.tables, strict=True):
+            count = max(0, -(-length // self.block_size) - table.dropped)
+            gone, table.blocks = table.blocks[count:], table.blocks[:count]
+            self._release(group, gone[::-1])
+
+    def tables(self, sequence: int) -> list[BlockTable]:
+        """The sequence's block tables, one for each group of layers. Not to be changed."""
+        return self._find(sequence).tables
+
+    @property
+    def groups(self) -> list[tuple[Retention, BlockAllocator | None]]:
+        """The groups of layers that share block tables; no allocator where nothing is paged."""
+        return [(g.retention, None if g.unused else g.allocator) for g in self._groups]
+
+    @property
+    def pages_everything(self) -> bool:
+        """Whether blocks hold all that a sequence has: no mixer keeps state or caches of its own.
+
+        False until the first step, which shows it.
+        """
+        leaves = self._leaves.values()
+        mixed = self._state_entries or any(leaf.per_sequence for leaf in leaves)
+        return not mixed and any(leaf.pool.made for leaf in leaves)
 
     def length(self, sequence: int) -> int:
         """The number of positions the sequence has."""
@@ -124,8 +208,8 @@ class PagedCache:
     def step(self, tokens: Mapping[int, Tokens], logit_rows: LogitRows = "last") -> mx.array:
         """Append tokens to sequences and run the model once over all of them.
 
-        `tokens` maps a sequence to its new tokens: a list, or an int array [n] that may be
-        unevaluated. `logit_rows` is "last" (the last new row of each sequence), "all", or the new
+        `tokens` maps a sequence to its new tokens: a list, an int array [n] that may be
+        unevaluated, or one token that an earlier step samples. `logit_rows` is "last" (the last new row of each sequence), "all", or the new
         rows wanted of each sequence (none for sequences that are left out). Returns logits [S, V]
         in the order of `tokens`. Raises OutOfBlocks before anything is changed.
         """
@@ -164,11 +248,13 @@ class PagedCache:
 
     def _collect(self, spec: Spec | None, entry: int, path: tuple[int, ...]) -> None:
         if spec is None:
+            self._state_entries = True
             return
         for index, part in enumerate(spec.parts):
             self._collect(part, entry, (*path, index))
         retention = spec.retention
         if retention is None:
+            self._state_entries = self._state_entries or not spec.parts
             return
         group = next((g for g in self._groups if g.retention == retention), None)
         if group is None:
@@ -178,6 +264,8 @@ class PagedCache:
                     raise RuntimeRefusal(f"num_blocks: expected a number for {retention}")
                 blocks = blocks[retention]
             group = _Group(retention, BlockAllocator(blocks, self._shuffle_seed))
+            if self._poison:
+                group.allocator.on_evict = functools.partial(self._fill, group)
             self._groups.append(group)
         pool = EntryPool(group.allocator.num_blocks, self.block_size, self._dtype, self._poison)
         leaf = Leaf(spec, retention, self._groups.index(group), entry, path, pool)
@@ -214,13 +302,15 @@ class PagedCache:
             raise RuntimeRefusal(f"logit_rows: expected 'last', 'all' or rows, got {wanted!r}")
         chosen = []
         for part in rows:
+            before = -1
             for row in wanted.get(part.sequence, ()):
-                if not 0 <= row < part.length:
+                if not before < row < part.length:
                     raise RuntimeRefusal(
-                        f"logit_rows: sequence {part.sequence} has new rows 0 to "
-                        f"{part.length - 1}, got {row}"
+                        f"logit_rows: expected rows of sequence {part.sequence} in rising order, "
+                        f"0 to {part.length - 1}, got {list(wanted[part.sequence])}"
                     )
                 chosen.append(part.start + row)
+                before = row
         return chosen
 
     def _reserve(self, rows: tuple[Rows, ...]) -> None:
@@ -305,13 +395,18 @@ class PagedCache:
                 continue
             for part in rows:
                 table = self._sequences[part.sequence].tables[index]
-                self._release(group, table.drop_unseen(part.end, self.block_size, group.retention))
+                certain = max(0, part.end - self._rollback)
+                self._release(group, table.drop_unseen(certain, self.block_size, group.retention))
 
     def _release(self, group: _Group, blocks: Sequence[int]) -> None:
         freed = group.allocator.release(blocks)
         if self._poison:
-            for leaf in group.leaves:
-                leaf.pool.fill_freed(freed)
+            self._fill(group, *freed)
+
+    @staticmethod
+    def _fill(group: _Group, *blocks: int) -> None:
+        for leaf in group.leaves:
+            leaf.pool.fill_freed(blocks)
 
     def _originals_of(self, sequence: int) -> list[Any]:
         state = self._find(sequence)

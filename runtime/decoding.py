@@ -191,7 +191,8 @@ class Decoding:
     def _land(self, flight: _Flight) -> Iterator[Decoded]:
         """Wait for a step and give its tokens."""
         if flight.tokens is None:
-            mx.eval(flight.arrays)
+            # Not by the pools: the next step's writes have replaced them in the meantime.
+            mx.synchronize()
             return
         values: list[int] = flight.tokens.tolist()  # type: ignore[assignment]
         for request, token in zip(flight.requests, values, strict=True):

@@ -88,6 +88,11 @@ class EntryPool:
         """What to evaluate so that all writes have happened."""
         return () if self._pool is None else self._pool.arrays()
 
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy whole blocks; nothing to do where nothing was ever written."""
+        if self._pool is not None:
+            self._pool = ops.copy_blocks(self._pool, sources, targets)
+
     def fill_freed(self, blocks: Sequence[int]) -> None:
         """Overwrite freed blocks with NaN: whatever reads them afterwards shows. For tests."""
         if self._pool is None or not blocks:

@@ -33,10 +33,11 @@ def test_rewritten_model_agrees(config):
 
 def test_a_wrong_model_is_noticed(tmp_path, monkeypatch):
     """The comparison can fail: a rewritten file with a wrong scale does not pass."""
+    from hashlib import sha256
+
+    from compiling import mlx_lm
     from mlxrewrite.cli import default_folder
     from mlxrewrite.runtime.verify import verify
-    from compiling import mlx_lm
-    from hashlib import sha256
 
     folder = default_folder(mlx_lm())
     target = tmp_path / "mlx_lm"

@@ -15,7 +15,9 @@ def returned(text: str, function: str = "f"):
 
 
 def test_names_become_values():
-    value = returned("import mlx.core as mx\ndef f(x):\n    y = mx.exp(x)\n    z = y\n    return z\n")
+    value = returned(
+        "import mlx.core as mx\ndef f(x):\n    y = mx.exp(x)\n    z = y\n    return z\n"
+    )
     assert value.op == "call"
     assert value.args[0].data == "mlx.core.exp"
     assert value.args[1].op == "param"
@@ -34,7 +36,9 @@ def test_a_branch_that_returns_leaves_the_other():
 
 
 def test_loops_carry_values():
-    value = returned("def f(x, layers):\n    for layer in layers:\n        x = layer(x)\n    return x\n")
+    value = returned(
+        "def f(x, layers):\n    for layer in layers:\n        x = layer(x)\n    return x\n"
+    )
     assert value.op == "loop"
     call = value.args[1]
     assert call.args[0].op == "elem" and call.args[1].op == "carried"
@@ -115,7 +119,7 @@ def test_splice_refuses_overlap_and_surprise():
 
 def test_unhashable_shapes_of_python_compile(tmp_path):
     """Syntax that models rarely use must not break the compiler."""
-    text = '''
+    text = """
 import mlx.nn as nn
 class Model(nn.Module):
     def __init__(self, args):
@@ -149,6 +153,6 @@ class Model(nn.Module):
         G = x
         assert x, "x"
         return x
-'''
+"""
     result = compile_text(tmp_path, text)
     assert not result.errors

@@ -56,7 +56,7 @@ def all_kinds() -> tuple[Kind, ...]:
     found = []
     for info in sorted(iter_modules(__path__), key=lambda info: info.name):
         module = import_module(f"{__name__}.{info.name}")
-        if module.NAME != info.name:
+        if info.name != module.NAME:
             raise TypeError(f"kind {info.name!r} calls itself {module.NAME!r}")
         if not (module.__doc__ and module.ACCEPTS and module.REJECTS):
             raise TypeError(f"kind {info.name!r} lacks a docstring, ACCEPTS or REJECTS")

@@ -10,7 +10,7 @@ Becomes     one call of `paged_attention` in the place of the second product; th
 
 from __future__ import annotations
 
-from ..attention import attend_sites, attention_match, fetched_flow, Sites
+from ..attention import Sites, attend_sites, attention_match, fetched_flow
 from ..edits import names_before, replace, site_comment, spell
 from ..ir import Edit, Match, Method, Miss, Site, Span, Value
 from ..match import Flow, Mixer, arguments, every_value, live
@@ -83,9 +83,7 @@ def _called(mixer: Mixer, method: Method) -> list[tuple[Value, Spelled]]:
         if function is None or len(function.returns) != 1:
             continue
         result = function.returns[0].value
-        spelled = spelled_attention(
-            mixer.program, result, lambda value, _: value.op == "param"
-        )
+        spelled = spelled_attention(mixer.program, result, lambda value, _: value.op == "param")
         if spelled is not None and _all_parameters(spelled):
             found.append((effect.value, spelled))
     return found
@@ -98,9 +96,7 @@ def _all_parameters(spelled: Spelled) -> bool:
     return all(part.op == "param" for part in parts)
 
 
-def _replace_call(
-    mixer: Mixer, method: Method, call: Value, spelled: Spelled
-) -> Sites | Miss:
+def _replace_call(mixer: Mixer, method: Method, call: Value, spelled: Spelled) -> Sites | Miss:
     function = mixer.program.function_of(call.args[0].data)
     assert function is not None
     order = [parameter.name for parameter in function.function.parameters]
@@ -152,9 +148,7 @@ def _site(mixer: Mixer, value: Value, edits: list[Edit], statement: Span) -> Sit
     return Sites((comment, *edits), evidence, (Site("paged_attention", where),))
 
 
-def _replace_inline(
-    mixer: Mixer, method: Method, spelled: Spelled, found: Flow
-) -> Sites | Miss:
+def _replace_inline(mixer: Mixer, method: Method, spelled: Spelled, found: Flow) -> Sites | Miss:
     body = method.function.body
     product = spelled.product
     last = next(
@@ -169,7 +163,8 @@ def _replace_inline(
     )
     region = Span(body[first].span.start, body[last].span.start)
     if any(
-        effect.kind in ("store", "return") and region.start <= effect.statement.span.start < region.end
+        effect.kind in ("store", "return")
+        and region.start <= effect.statement.span.start < region.end
         for effect in method.effects
     ):
         return Miss(NAME, 2, "nothing is stored between the products", mixer.place(product))
@@ -204,7 +199,7 @@ def _replace_inline(
     return _site(mixer, product, edits, body[last].span)
 
 
-_SPELLED = '''
+_SPELLED = """
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -227,13 +222,23 @@ class Mix(nn.Module):
         weights = mx.softmax(scores.astype(mx.float32), axis=-1).astype(scores.dtype)
         y = (weights @ v).transpose(0, 2, 1, 3).reshape(B, L, -1)
         return y
-'''
+"""
 
 ACCEPTS = (
     Example("Mix", _SPELLED),
-    Example("Mix", _SPELLED.replace("        if mask is", "        scores = mx.tanh(scores / 30.0)\n        scores *= 30.0\n        if mask is")),
+    Example(
+        "Mix",
+        _SPELLED.replace(
+            "        if mask is",
+            "        scores = mx.tanh(scores / 30.0)\n        scores *= 30.0\n        if mask is",
+        ),
+    ),
 )
 REJECTS = (
-    Counter("Mix", _SPELLED.replace("        weights =", "        scores = scores ** 2\n        weights ="), None),
+    Counter(
+        "Mix",
+        _SPELLED.replace("        weights =", "        scores = scores ** 2\n        weights ="),
+        None,
+    ),
     Counter("Mix", _SPELLED.replace("(weights @ v)", "(weights @ mx.abs(v))"), None),
 )

@@ -32,6 +32,8 @@ def match(mixer: Mixer) -> Match | Miss:
 
 
 ACCEPTS = (
-    Example("Mix", _DELTA.replace("k, v, a, b,", "k, v, a.reshape(B, L, 2, -1), b,"), "per-sequence"),
+    Example(
+        "Mix", _DELTA.replace("k, v, a, b,", "k, v, a.reshape(B, L, 2, -1), b,"), "per-sequence"
+    ),
 )
 REJECTS = (Counter("Mix", _DELTA, "gated_delta"),)

@@ -74,5 +74,9 @@ class Mix(nn.Module):
 ACCEPTS = (Example("Mix", _MLA, "per-sequence"),)
 REJECTS = (
     Counter("Mix", _MLA.replace("mask=scores)", "mask=mask)"), None),
-    Counter("Mix", _MLA.replace("        scores =", "        latent = cache.keys\n        scores ="), None),
+    Counter(
+        "Mix",
+        _MLA.replace("        scores =", "        latent = cache.keys\n        scores ="),
+        None,
+    ),
 )

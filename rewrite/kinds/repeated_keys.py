@@ -9,7 +9,7 @@ Becomes     `paged_attention` on the keys as cached; the head order is an argume
 
 from __future__ import annotations
 
-from ..attention import attention_match, attend_sites, fetched_flow
+from ..attention import attend_sites, attention_match, fetched_flow
 from ..edits import add_argument, argument_text, replace
 from ..ir import Edit, Match, Miss, Value
 from ..match import Flow, Mixer, library_call
@@ -74,9 +74,21 @@ def _unrepeat(mixer: Mixer, call: Value) -> Edit:
     return replace(mixer.source, call.span, argument_text(mixer.source, call, 0), NAME)
 
 
-_TILED = _PLAIN.replace("        y = ", "        k, v = mx.tile(k, [1, 4, 1, 1]), mx.tile(v, [1, 4, 1, 1])\n        y = ")
+_TILED = _PLAIN.replace(
+    "        y = ",
+    "        k, v = mx.tile(k, [1, 4, 1, 1]), mx.tile(v, [1, 4, 1, 1])\n        y = ",
+)
 
-ACCEPTS = (Example("Mix", _TILED), Example("Mix", _PLAIN.replace("        y = ", "        k, v = mx.repeat(k, 4, axis=1), mx.repeat(v, 4, axis=1)\n        y = ")))
+ACCEPTS = (
+    Example("Mix", _TILED),
+    Example(
+        "Mix",
+        _PLAIN.replace(
+            "        y = ",
+            "        k, v = mx.repeat(k, 4, axis=1), mx.repeat(v, 4, axis=1)\n        y = ",
+        ),
+    ),
+)
 REJECTS = (
     Counter("Mix", _PLAIN, "softmax_attention"),
     Counter("Mix", _TILED.replace("[1, 4, 1, 1]", "[1, 1, 4, 1]"), None),

@@ -60,6 +60,10 @@ class Mix(nn.Module):
 
 ACCEPTS = (Example("Mix", _SCAN, "per-sequence"),)
 REJECTS = (
-    Counter("Mix", _SCAN.replace("+ x[:, t]", "+ mx.sqrt(1 - decay[:, t] ** 2) * x[:, t]"), "gated_linear_recurrence"),
+    Counter(
+        "Mix",
+        _SCAN.replace("+ x[:, t]", "+ mx.sqrt(1 - decay[:, t] ** 2) * x[:, t]"),
+        "gated_linear_recurrence",
+    ),
     Counter("Mix", _SCAN.replace("self.conv(window)", "window"), "linear_attention"),
 )

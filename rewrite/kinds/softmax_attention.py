@@ -41,7 +41,7 @@ def match(mixer: Mixer) -> Match | Miss:
     return attention_match(mixer, NAME, sites)
 
 
-_PLAIN = '''
+_PLAIN = """
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.base import scaled_dot_product_attention
@@ -66,16 +66,20 @@ class Mix(nn.Module):
             k, v = cache.update_and_fetch(k, v)
         y = scaled_dot_product_attention(q, k, v, cache=cache, scale=1.0, mask=mask)
         return self.out(y.transpose(0, 2, 1, 3).reshape(B, L, D))
-'''
+"""
 
 ACCEPTS = (
     Example("Mix", _PLAIN),
     Example("Mix", _PLAIN.replace("mask=mask)", "mask=mask, sinks=self.out.bias)")),
     Example("Mix", _PLAIN.replace("1.0, mask=mask)", "1.0, mask=mask).astype(v.dtype)")),
-    Example("Mix", _PLAIN.replace("q, k, v, cache=cache", "q, k.astype(mx.float32), v, cache=None")),
+    Example(
+        "Mix", _PLAIN.replace("q, k, v, cache=cache", "q, k.astype(mx.float32), v, cache=None")
+    ),
 )
 REJECTS = (
-    Counter("Mix", _PLAIN.replace("        y = ", "        k = mx.roll(k, 1, 2)\n        y = "), None),
+    Counter(
+        "Mix", _PLAIN.replace("        y = ", "        k = mx.roll(k, 1, 2)\n        y = "), None
+    ),
     Counter("Mix", _PLAIN.replace("        y = ", "        k = cache.keys\n        y = "), None),
     Counter("Mix", _PLAIN.replace("mask=mask)", "mask=mask + 1)"), None),
 )

@@ -53,4 +53,8 @@ class Mix(nn.Module):
 """
 
 ACCEPTS = (Example("Mix", _INDEX, "per-sequence"),)
-REJECTS = (Counter("Mix", _INDEX.replace("mx.argpartition(scores, kth=-4, axis=-1)", "mx.exp(scores)"), None),)
+REJECTS = (
+    Counter(
+        "Mix", _INDEX.replace("mx.argpartition(scores, kth=-4, axis=-1)", "mx.exp(scores)"), None
+    ),
+)

@@ -48,4 +48,6 @@ class Mix(nn.Module):
 """
 
 ACCEPTS = (Example("Mix", _SHIFT, "per-sequence"),)
-REJECTS = (Counter("Mix", _SHIFT.replace("[cache[0], x[:, :-1]], axis=1", "[cache[0], x], axis=-1"), None),)
+REJECTS = (
+    Counter("Mix", _SHIFT.replace("[cache[0], x[:, :-1]], axis=1", "[cache[0], x], axis=-1"), None),
+)

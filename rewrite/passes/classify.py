@@ -66,5 +66,3 @@ def _bystander(mixer: Mixer) -> Refusal | None:
         "a paged cache has no such thing",
     )
     return Refusal(mixer.cls.qualified, (diagnostic,))
-
-

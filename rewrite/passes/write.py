@@ -20,7 +20,9 @@ class Difference:
     new: bytes
 
     def diff(self) -> str:
-        old, new = (part.decode("utf-8", "replace").splitlines(True) for part in (self.old, self.new))
+        old, new = (
+            part.decode("utf-8", "replace").splitlines(True) for part in (self.old, self.new)
+        )
         return "".join(unified_diff(old, new, f"a/{self.name}", f"b/{self.name}"))
 
 

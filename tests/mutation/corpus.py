@@ -1,0 +1,85 @@
+"""Which files are changed, under which configs, and which of all possible mutants are run."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .operators import Operator, all_operators
+from .source import Change, File
+from .worlds import Library
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+# Their kernels have no form off Metal.
+UNRUN = frozenset({"bitnet", "muse_spark"})
+# The unchanged file already gives other logits for other cuts of a prompt (tests/test_configs.py
+# says why), or cannot run on several tokens at once: it is no reference for chunks.
+UNFAIR = frozenset({"olmo", "phi3small"})
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change of one file, run through `entry` under a config."""
+
+    operator: Operator
+    file: str
+    config: str
+    number: int  # of the operator's changes of this file
+    change: Change
+
+    @property
+    def name(self) -> str:
+        return f"{self.config}:{self.operator.name}:{self.number}"
+
+    def texts(self, file: File) -> dict[str, str]:
+        return {self.file: file.apply(self.change), **dict(self.change.beside)}
+
+
+def config_of(name: str) -> dict[str, Any]:
+    return dict(json.loads((CONFIGS / f"{name}.json").read_text()))
+
+
+def config_names() -> list[str]:
+    """One config a model file, the plain one; more where a variant takes other code."""
+    plain = sorted(path.stem for path in CONFIGS.glob("*.json") if "@" not in path.stem)
+    variants = ["llama@sliding", "gemma2@mha", "deepseek_v3@no_q_lora", "gemma@mqa"]
+    names = [*plain, *variants]
+    return [n for n in names if n.split("@")[0] not in UNRUN | UNFAIR]
+
+
+def mutants(
+    library: Library,
+    config: str,
+    operators: Sequence[str] = (),
+    each: int | None = None,
+    seed: int = 0,
+) -> Iterator[Mutant]:
+    """Mutants of the file of a config, at most `each` of an operator, chosen by the seed."""
+    name = config.split("@", maxsplit=1)[0]
+    file = File(name, library.text(name))
+    for operator in all_operators().values():
+        if operators and operator.name not in operators:
+            continue
+        changes = list(enumerate(operator.apply(file)))
+        if each is not None and len(changes) > each:
+            chance = random.Random(f"{seed} {config} {operator.name}")
+            changes = sorted(chance.sample(changes, each), key=lambda pair: pair[0])
+        for number, change in changes:
+            mutant = Mutant(operator, name, config, number, change)
+            if valid(mutant, file):
+                yield mutant
+
+
+def valid(mutant: Mutant, file: File) -> bool:
+    """Still Python, and not what it was."""
+    try:
+        texts = mutant.texts(file)
+        for text in texts.values():
+            compile(text, "mutant", "exec", dont_inherit=True)
+    except (SyntaxError, ValueError):
+        return False
+    return texts[mutant.file] != file.text or len(texts) > 1
