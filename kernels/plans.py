@@ -38,7 +38,8 @@ def first_seen(positions: Ints, window: int | None, chunk: int | None) -> Ints:
 def table_starts(ragged: Ragged) -> Ints:
     """Where block 0 of each sequence would be in the flat block table; may be negative."""
     width = ragged.block_tables.shape[1]
-    return np.arange(ragged.num_sequences) * width - np.array(ragged.dropped)
+    starts: Ints = np.arange(ragged.num_sequences) * width - np.array(ragged.dropped)
+    return starts
 
 
 def decode_plan(

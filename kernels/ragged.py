@@ -164,6 +164,7 @@ class Ragged:
 
     def slots(self, sequence: int, low: int, high: int) -> npt.NDArray[np.int64]:
         """Slots of the positions low..high-1 of one sequence."""
+        self._require_live(sequence, low)
         positions = np.arange(low, high)
         table = np.array(self.tables[sequence], np.int64)
         blocks = table[positions // self.block_size - self.dropped[sequence]]
@@ -190,8 +191,19 @@ class Ragged:
             for table in self.tables
         )
 
+    def _require_live(self, sequence: int, low: int) -> None:
+        """Refuse to read a position whose block was given back: it may be another sequence's."""
+        first = self.dropped[sequence] * self.block_size
+        if low < first:
+            raise ValueError(
+                f"Ragged: position {low} of sequence {sequence} is asked for, but its blocks "
+                f"before position {first} were given back; the layer sees further than its cache "
+                "keeps"
+            )
+
     def run(self, sequence: int, low: int, high: int) -> int | None:
         """The slot of position `low` if positions low..high-1 lie side by side in the pool."""
+        self._require_live(sequence, low)
         size, gone, table = self.block_size, self.dropped[sequence], self.tables[sequence]
         first, last = low // size - gone, (high - 1) // size - gone
         if first != last and not self._consecutive[sequence]:

@@ -73,8 +73,13 @@ class KernelSpec:
             elif isinstance(value, str):
                 words.append(SHORT[value])
             else:
-                words.append(f"{''.join(part[0] for part in field.name.split('_'))}{value}")
+                words.append(f"{initials(field.name)}{value}")
         return "_".join(words)
+
+
+def initials(name: str) -> str:
+    """How the name of a kernel shortens a field: kv_heads is kh."""
+    return "".join(part[0] for part in name.split("_"))
 
 
 @dataclass(frozen=True, slots=True)

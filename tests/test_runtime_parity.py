@@ -124,8 +124,8 @@ def test_seeded_bugs_are_seen(bug, monkeypatch: pytest.MonkeyPatch) -> None:
     bug(monkeypatch)
     try:
         result = run("shared_windows", block_size=1)
-    except ValueError:  # the block metadata contradicts itself
-        assert bug is _blocks_dropped_early
+    except ValueError:  # the block metadata contradicts itself, or a dropped block is asked for
+        assert bug in {_blocks_dropped_early, _window_one_too_wide, _chunk_ignored}
         return
     assert not result.within(1e-4), result
 

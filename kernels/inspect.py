@@ -1,0 +1,81 @@
+"""`mlxrewrite kernels list` and `show`: specs by name, and the text that Metal's compiler gets."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any, get_type_hints
+
+from . import policy
+from .render import render
+from .specs import DTYPES, SHORT, AttentionSpec, KernelSpec, initials
+
+# One of each structure that occurs among the models that mlx_lm has.
+USUAL = (
+    AttentionSpec(128, 128, 32, 8, 16, "bfloat16", "bfloat16"),
+    AttentionSpec(64, 64, 32, 8, 16, "float16", "float16"),
+    AttentionSpec(64, 64, 64, 8, 16, "bfloat16", "bfloat16", sinks=True),
+    AttentionSpec(256, 256, 8, 4, 16, "bfloat16", "bfloat16", softcap=True),
+    AttentionSpec(80, 80, 32, 32, 16, "float16", "float16"),
+    AttentionSpec(192, 128, 16, 16, 16, "bfloat16", "bfloat16"),
+    AttentionSpec(576, 512, 16, 1, 16, "bfloat16", "bfloat16", shared_values=True),
+)
+
+
+def templates() -> dict[str, type[KernelSpec]]:
+    """Every kind of kernel, by the name of its template."""
+    found: dict[str, type[KernelSpec]] = {}
+    pending: list[type[KernelSpec]] = [KernelSpec]
+    while pending:
+        for kind in pending.pop().__subclasses__():
+            pending.append(kind)
+            if "template" in vars(kind):
+                found[kind.template] = kind
+    return dict(sorted(found.items()))
+
+
+def list_specs() -> list[str]:
+    """Names of the kernels that the policy picks for usual layers; `show` takes any other too."""
+    return sorted({spec.name for layer in USUAL for spec in policy.kernels(layer)})
+
+
+def parse(name: str) -> KernelSpec:
+    """The spec that a name spells. Raises KeyError for an unknown template, else ValueError."""
+    kinds = templates()
+    stem = max((t for t in kinds if name == t or name.startswith(f"{t}_")), key=len, default=None)
+    if stem is None:
+        raise KeyError(f"no template for it; there are {', '.join(kinds)}")
+    kind, words = kinds[stem], name[len(stem) + 1 :].split("_")
+    hints, values = get_type_hints(kind), dict[str, Any]()
+    long = {short: dtype for dtype, short in SHORT.items()}
+    whole = "_".join(words)
+    for part in fields(kind):
+        form, short = hints[part.name], initials(part.name)
+        if form is bool:
+            values[part.name] = whole.startswith(part.name)
+            taken = part.name if values[part.name] else ""
+        else:
+            taken = whole.split("_")[0]
+            digits = taken.removeprefix(short)
+            if form is str and taken in long:
+                values[part.name] = long[taken]
+            elif form is int and digits.isdigit() and taken.startswith(short):
+                values[part.name] = int(digits)
+            else:
+                want = f"one of {', '.join(DTYPES.keys())}" if form is str else f"{short}<number>"
+                raise ValueError(f"expected {want} for {part.name}, got {taken or 'nothing'!r}")
+        if taken:
+            whole = whole[len(taken) :].removeprefix("_")
+    spec = kind(**values)
+    if whole or spec.name != name:
+        raise ValueError(f"{whole!r} is none of the words of {stem}")
+    return spec
+
+
+def show(name: str) -> str:
+    """The text of a kernel, helpers first. MLX writes the signature around the body."""
+    kernel = render(parse(name))
+    names = ", ".join(kernel.input_names), ", ".join(kernel.output_names)
+    return (
+        f"{kernel.header}\n// {kernel.name}\n// inputs: {names[0]}\n// outputs: {names[1]}\n"
+        f"{kernel.source}"
+    )
