@@ -22,7 +22,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def explain(words: Sequence[str]) -> int:
-    """`explain MODEL|KIND|SLUG`: the evidence of a match, what a kind is, or what a refusal means."""
+    """`explain MODEL|KIND|SLUG`: evidence of a match, what a kind is, what a refusal means."""
     parser = _Parser(prog="mlxrewrite explain", description=explain.__doc__)
     parser.add_argument("subject", metavar="MODEL|KIND|SLUG")
     subject = parser.parse_args(words).subject
@@ -159,9 +159,9 @@ def _generate(got: Any) -> int:
     done = [False] * len(prompts)
     print(f"[1] {got.prompt[0]}")
     for event in events:
-        texts[event.index] += event.text
-        done[event.index] |= event.finish_reason is not None
-        if event.index == shown:
+        texts[event.prompt] += event.text
+        done[event.prompt] |= event.finish_reason is not None
+        if event.prompt == shown:
             print(event.text, end="", flush=True)
         while shown < len(prompts) and done[shown]:
             shown += 1
@@ -184,7 +184,7 @@ def serve(words: Sequence[str]) -> int:
 
 
 def kernels(words: Sequence[str]) -> int:
-    """`kernels list` names the kernel specialisations; `kernels show SPEC` prints the Metal text."""
+    """`kernels list` names the specialisations; `kernels show SPEC` prints the Metal text."""
     parser = _Parser(prog="mlxrewrite kernels", description=kernels.__doc__)
     parser.add_argument("action", choices=("list", "show"))
     parser.add_argument("spec", nargs="?", metavar="SPEC")

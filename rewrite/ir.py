@@ -243,7 +243,7 @@ class Simple:
     span: Span
 
 
-Stmt = Union[
+Stmt = Union[  # noqa: UP007 (the classes stand below their first use)
     Assign,
     AugAssign,
     Evaluate,

@@ -434,7 +434,11 @@ def flow(mixer: Mixer, method: Method, roots: Iterable[Value], consumers: Iterab
             ):
                 members[id(user)] = user
                 queue.append(user)
-            elif user.op == "phi" or is_none_test(user) is not None or (user.op == "attr" and user.data in ("dtype", "shape")):
+            elif (
+                user.op == "phi"
+                or is_none_test(user) is not None
+                or (user.op == "attr" and user.data in ("dtype", "shape"))
+            ):
                 continue
             elif user.op == "attr" and user.data == "astype":
                 for call in (u.user for u in table.get(id(user), ()) if u.user is not None):

@@ -34,8 +34,8 @@ class Reach:
         queue = list(found.values())
         while queue:
             for effect in queue.pop().calls():
-                name = callee_name(self.program, effect.value)
-                function = self.program.function_of(name) if name else None
+                callee = callee_name(self.program, effect.value)
+                function = self.program.function_of(callee) if callee else None
                 if function is not None and id(function) not in found:
                     found[id(function)] = function
                     queue.append(function)

@@ -101,4 +101,5 @@ def row_ends(rows: Sequence[Rows]) -> mx.array:
 
 def logits_of(output: Any) -> mx.array:
     """The logits in what a forward returned: olmo with tied embeddings adds its caches."""
-    return output[0] if isinstance(output, tuple) else output
+    logits: mx.array = output[0] if isinstance(output, tuple) else output
+    return logits

@@ -209,9 +209,10 @@ class PagedCache:
         """Append tokens to sequences and run the model once over all of them.
 
         `tokens` maps a sequence to its new tokens: a list, an int array [n] that may be
-        unevaluated, or one token that an earlier step samples. `logit_rows` is "last" (the last new row of each sequence), "all", or the new
-        rows wanted of each sequence (none for sequences that are left out). Returns logits [S, V]
-        in the order of `tokens`. Raises OutOfBlocks before anything is changed.
+        unevaluated, or one token that an earlier step samples. `logit_rows` is "last" (the last
+        new row of each sequence), "all", or the new rows wanted of each sequence (none for
+        sequences that are left out). Returns logits [S, V] in the order of `tokens`. Raises
+        OutOfBlocks before anything is changed.
         """
         rows = self._rows(tokens)
         wanted = self._logit_rows(rows, logit_rows)

@@ -1,4 +1,4 @@
-"""What the scheduler needs of a paged cache: room, admission, and prompts that are known already."""
+"""What the scheduler needs of a paged cache: room, admission, prompts that are known already."""
 
 from __future__ import annotations
 

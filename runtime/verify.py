@@ -247,8 +247,7 @@ def _vocabulary(config: dict[str, Any], model: nn.Module) -> int:
     sizes = [c["vocab_size"] for c in (config, *nested) if isinstance(c.get("vocab_size"), int)]
     # Nothing is computed: the shape is known without.
     logits = logits_of(model(mx.array([[0]]), cache=make_prompt_cache(model)))
-    known: int = logits.shape[-1]
-    return min([*sizes, known])
+    return int(min([*sizes, logits.shape[-1]]))
 
 
 def _windows(config: Any) -> Iterator[int]:

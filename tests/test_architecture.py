@@ -62,7 +62,9 @@ def test_compiling_loads_no_mlx():
         "assert main(['mlx_lm.models.llama', '--diff', '-q', '--no-cache']) in (0, 1)\n"
         "assert not [n for n in sys.modules if n.split('.')[0] in ('mlx', 'mlx_lm')]\n"
     )
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
     assert run.returncode == 0, run.stderr
 
 

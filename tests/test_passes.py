@@ -89,7 +89,7 @@ def test_broken_text_is_one_error_with_a_place(text):
 
 
 def test_other_encodings_are_refused():
-    with pytest.raises(ParseError, match="UTF-8|decode"):
+    with pytest.raises(ParseError, match=r"UTF-8|decode"):
         parse(Source.of("m", "m.py", b"# -*- coding: latin-1 -*-\nx = '\xe9'\n"))
 
 

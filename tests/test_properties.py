@@ -15,7 +15,12 @@ from mlxrewrite.sources import Package
 
 # Names that libraries fix: attributes of arrays and caches, and what mlx_lm's loader asks for.
 FIXED = frozenset(
-    ["Model", "ModelArgs", "layers", "model_type", "weight", "bias", "shape", "dtype", "ndim", "T", "offset", "keys", "values", "state", "lengths", "advance", "update_and_fetch", "keys_and_values", "make_cache", "size", "start_position", "args", "config", "pipeline_rank", "pipeline_size", "pipeline_layers", "start_idx", "end_idx", "scales", "biases", "group_size", "bits", "mode", "training"]
+    (
+        "Model ModelArgs layers model_type weight bias shape dtype ndim T offset keys values state "
+        "lengths advance update_and_fetch keys_and_values make_cache size start_position args "
+        "config pipeline_rank pipeline_size pipeline_layers start_idx end_idx scales biases "
+        "group_size bits mode training"
+    ).split()
 )
 
 
@@ -127,7 +132,11 @@ def outcome(package: Package, name: str) -> tuple:
     return plan.route, kinds, len(plan.refusals), [edit.rule for edit in plan.edits]
 
 
-SAMPLE = ["llama", "gemma2", "gemma3n", "gear", "olmo", "plamo", "llama4", "deepseek_v3", "qwen3_next", "mamba2", "lfm2", "gpt_oss", "iquestloopcoder", "afm7", "stablelm", "kimi_linear", "rwkv7", "recurrent_gemma", "bailing_hybrid", "minimax_m3_vl"]
+SAMPLE = (
+    "llama gemma2 gemma3n gear olmo plamo llama4 deepseek_v3 qwen3_next mamba2 lfm2 gpt_oss "
+    "iquestloopcoder afm7 stablelm kimi_linear rwkv7 recurrent_gemma bailing_hybrid "
+    "minimax_m3_vl"
+).split()
 
 
 def everything() -> list:

@@ -9,8 +9,10 @@ Becomes     the original code, once per sequence.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from ..attention import fetched_flow
-from ..ir import Match, Miss
+from ..ir import Match, Miss, Value
 from ..match import Mixer, every_value, library_call
 from ..per_sequence import per_sequence
 from . import Counter, Example
@@ -44,15 +46,9 @@ def _is_own_softmax(mixer: Mixer, name: str | None) -> bool:
     return False
 
 
-def _sums(values: object) -> int:
+def _sums(values: Iterable[Value]) -> int:
     """How many masks are added to the scores."""
-    from ..ir import Value
-
-    return sum(
-        1
-        for value in values  # type: ignore[attr-defined]
-        if isinstance(value, Value) and value.op == "binary" and value.data == "+"
-    )
+    return sum(value.op == "binary" and value.data == "+" for value in values)
 
 
 _BLOCKS = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from itertools import pairwise
 
 from ..source import Change, File, called
 from . import operator
@@ -68,7 +69,7 @@ def _norms_swapped(file: File) -> Iterator[Change]:
             for n in ast.walk(function)
             if isinstance(n, ast.Call) and "norm" in (called(n) or "") and len(n.args) == 1
         ]
-        for one, two in zip(calls, calls[1:], strict=False):
+        for one, two in pairwise(calls):
             yield file.change(*file.swap(one.func, two.func), where=one)
 
 

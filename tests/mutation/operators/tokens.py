@@ -130,7 +130,7 @@ SAME = frozenset(_ALONE)
 
 
 def _family(name: str, expression: str) -> None:
-    kind, _, rest = name.partition("-")
+    kind, _, _ = name.partition("-")
     same = name in SAME
     shown = name if kind in ("batch", "alone", "length", "index") else f"tokens-{name}"
 
@@ -141,7 +141,7 @@ def _family(name: str, expression: str) -> None:
         for number, point in enumerate(file.points):
             code, helpers = file.code(point.node), ""
             if uses == 1:
-                text = "(" + re.sub(r"\bt\b", lambda _: f"({code})", expression) + ")"
+                text = "(" + re.sub(r"\bt\b", lambda _, code=code: f"({code})", expression) + ")"
             elif number % 5 == 4:
                 text = f"(lambda t: {expression})({code})"
             else:
