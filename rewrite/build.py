@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import cache
 from hashlib import sha256
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -190,8 +190,8 @@ class Store:
 
 @cache
 def compiler_hash() -> str:
-    """The hash of the compiler's own text and of the parser's version."""
-    digest = sha256(version("libcst").encode())
+    """The hash of the compiler's own text and of the Python that parses."""
+    digest = sha256(sys.version.encode())
     folder = Path(__file__).parent
     for path in sorted(folder.rglob("*.py")):
         digest.update(path.relative_to(folder).as_posix().encode())

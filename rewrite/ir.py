@@ -2,7 +2,7 @@
 
 Three layers, each frozen:
 
-* `Source` and `Module`: the text and its syntax, freed of libcst (`passes/parse.py`).
+* `Source` and `Module`: the text and its syntax, freed of the parser (`passes/parse.py`).
 * `Value`, `Method`, `ClassFacts`, `ModuleFacts`: what the text computes, as a graph of values with
   their places (`passes/facts.py`). Facts hold no judgement and no kind names.
 * `Match`, `Refusal`, `Plan`, `Emitted`: the judgement and what follows from it.
@@ -105,7 +105,7 @@ class Expr:
     star        (operand,)                         "*" | "**"
     walrus      (target, value)                    -
     string      parts of an f-string               -
-    other       parts                              libcst class name
+    other       parts                              class name in `ast`
     """
 
     op: str

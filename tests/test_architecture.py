@@ -41,18 +41,19 @@ def test_the_compiler_imports_no_mlx(path):
     ids=lambda path: path.name,
 )
 def test_the_runtime_knows_no_syntax(path):
-    assert "libcst" not in imported(path)
+    assert not {"ast", "libcst"} & set(imported(path))
     assert not [name for name in imported(path) if "passes" in name or "kinds" in name]
 
 
-def test_only_parse_knows_libcst():
-    knowing = {p.name for p in COMPILER if {"libcst", "libcst.metadata"} & imported(p)}
-    assert knowing == {"parse.py"}
+def test_only_parse_knows_the_parser():
+    knowing = {p.name for p in COMPILER if "ast" in imported(p)}
+    assert knowing == {"parse.py", "verify.py"}  # verify parses what was made, once more
+    assert not [p for p in COMPILER if {"libcst", "libcst.metadata"} & imported(p)]
 
 
 def test_kinds_see_facts_not_syntax():
     for path in (ROOT / "rewrite" / "kinds").glob("*.py"):
-        assert not [name for name in imported(path) if name.endswith(("parse", "libcst"))], path
+        assert not [name for name in imported(path) if name.endswith(("parse", "ast"))], path
 
 
 def test_compiling_loads_no_mlx():

@@ -1,12 +1,21 @@
-"""Source bytes to syntax: the only module that knows libcst."""
+"""Source bytes to syntax: the only module that knows Python's own parser.
+
+The standard library's `ast` gives every node its place in bytes, at a tenth of the time a concrete
+syntax tree costs, and edits are byte spans, so nothing else of the text is needed. Parentheses are
+the one thing it leaves out: they are looked up in the text, so that a span covers the parentheses
+around its expression.
+"""
 
 from __future__ import annotations
 
+import ast
+import re
+import tokenize
+import warnings
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from io import BytesIO
 from typing import Any
-
-import libcst as cst
-from libcst.metadata import ByteSpanPositionProvider, MetadataWrapper
 
 from ..ir import (
     Assign,
@@ -33,394 +42,450 @@ from ..ir import (
 
 
 class ParseError(Exception):
-    """The source is not Python that libcst can read."""
+    """The source is not Python that this interpreter can read."""
 
     def __init__(self, source: Source, message: str, line: int, column: int) -> None:
         super().__init__(f"{source.path}:{line}:{column}: {message}")
         self.source, self.message, self.line, self.column = source, message, line, column
 
 
+DEEPEST = 200  # levels of syntax; every stage after this one recurses over them
+
+
 def parse(source: Source) -> Module:
     """Parse one file.
 
     Raises:
-        ParseError: with line and column, if the text is no Python or not valid UTF-8.
+        ParseError: with line and column, if the text is no Python, not valid UTF-8, or nested more
+            than `DEEPEST` levels.
     """
+    data = source.data
+    if data.startswith(b"\xef\xbb\xbf"):
+        raise ParseError(source, "the file starts with a byte order mark", 1, 1)
+    if (bare := _CARRIAGE.search(data)) is not None:
+        line = data.count(b"\n", 0, bare.start()) + 1
+        raise ParseError(source, "a carriage return without a line feed", line, 1)
     try:
-        tree = cst.parse_module(source.data)
-    except cst.ParserSyntaxError as error:
-        raise ParseError(source, error.message, error.raw_line, error.raw_column + 1) from error
-    except (UnicodeDecodeError, LookupError, SyntaxError) as error:
+        encoding, _ = tokenize.detect_encoding(BytesIO(source.data).readline)
+        if encoding.lower().replace("_", "-") not in ("utf-8", "utf-8-sig", "ascii", "us-ascii"):
+            raise ParseError(source, f"encoding {encoding} is not UTF-8", 1, 1)
+        source.data.decode("utf-8")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of escapes in the model's strings: not ours to tell
+            tree = ast.parse(source.data)
+        return Module(source, _Lower(source).suite(tree.body))
+    except SyntaxError as error:
+        last = len(source.line_starts)
+        line = min(max(error.lineno or 1, 1), last)
+        raise ParseError(source, error.msg, line, max(error.offset or 1, 1)) from error
+    except (UnicodeDecodeError, LookupError, ValueError) as error:
         raise ParseError(source, f"cannot decode the file: {error}", 1, 1) from error
-    except RecursionError as error:
-        raise ParseError(source, "nested too deeply", 1, 1) from error
-    if tree.encoding.lower().replace("_", "-") not in ("utf-8", "ascii", "us-ascii"):
-        raise ParseError(source, f"encoding {tree.encoding} is not UTF-8", 1, 1)
-    wrapper = MetadataWrapper(tree, unsafe_skip_copy=True)
-    try:
-        spans = wrapper.resolve(ByteSpanPositionProvider)
-        return Module(source, _Lower(source, spans).suite(tree.body))
-    except RecursionError as error:
+    except (RecursionError, MemoryError) as error:
         raise ParseError(source, "nested too deeply", 1, 1) from error
 
 
-_BINARY = {
-    "Add": "+",
-    "Subtract": "-",
-    "Multiply": "*",
-    "Divide": "/",
-    "FloorDivide": "//",
-    "Modulo": "%",
-    "Power": "**",
-    "MatrixMultiply": "@",
-    "BitAnd": "&",
-    "BitOr": "|",
-    "BitXor": "^",
-    "LeftShift": "<<",
-    "RightShift": ">>",
+_BINARY: dict[type[ast.operator], str] = {
+    ast.Add: "+",
+    ast.Sub: "-",
+    ast.Mult: "*",
+    ast.Div: "/",
+    ast.FloorDiv: "//",
+    ast.Mod: "%",
+    ast.Pow: "**",
+    ast.MatMult: "@",
+    ast.BitAnd: "&",
+    ast.BitOr: "|",
+    ast.BitXor: "^",
+    ast.LShift: "<<",
+    ast.RShift: ">>",
 }
-_UNARY = {"Minus": "-", "Plus": "+", "Not": "not", "BitInvert": "~"}
-_COMPARE = {
-    "Equal": "==",
-    "NotEqual": "!=",
-    "LessThan": "<",
-    "LessThanEqual": "<=",
-    "GreaterThan": ">",
-    "GreaterThanEqual": ">=",
-    "In": "in",
-    "NotIn": "not in",
-    "Is": "is",
-    "IsNot": "is not",
+_UNARY: dict[type[ast.unaryop], str] = {
+    ast.USub: "-",
+    ast.UAdd: "+",
+    ast.Not: "not",
+    ast.Invert: "~",
 }
+_COMPARE: dict[type[ast.cmpop], str] = {
+    ast.Eq: "==",
+    ast.NotEq: "!=",
+    ast.Lt: "<",
+    ast.LtE: "<=",
+    ast.Gt: ">",
+    ast.GtE: ">=",
+    ast.In: "in",
+    ast.NotIn: "not in",
+    ast.Is: "is",
+    ast.IsNot: "is not",
+}
+_KEYWORDS = {"delete": "del"}
+_CARRIAGE = re.compile(rb"\r(?!\n)")
+_FROM = re.compile(rb"from\b(.*?)\bimport\b", re.DOTALL)
+_DEF = re.compile(rb"(?:async[\s\\]+)?(?:def|class)[\s\\]+")
 
 
 class _Lower:
-    """Walks a libcst tree once and builds the syntax of `ir`."""
+    """Walks the tree once and builds the syntax of `ir`."""
 
-    def __init__(self, source: Source, spans: Any) -> None:
+    def __init__(self, source: Source) -> None:
         self.source = source
-        self.spans = spans
+        self.data = source.data
+        self.starts = source.line_starts
+        self.depth = 0
+        self.inside: Span | None = None  # of an f-string: places in it are not told exactly
+
+    # ----------------------------------------------------------------- places
+
+    def span(self, node: Any) -> Span:
+        if self.inside is not None:
+            return self.inside
+        start = self.starts[node.lineno - 1] + node.col_offset
+        return Span(start, self.starts[node.end_lineno - 1] + node.end_col_offset)
+
+    def outer(self, span: Span, bound: Span) -> Span:
+        """The span with the parentheses around it, as far as they lie within `bound`."""
+        start, end = span
+        while True:
+            left, right = self.left_of(start), self.right_of(end)
+            if left < bound.start or right >= bound.end:
+                return Span(start, end)
+            if self.data[left : left + 1] != b"(" or self.data[right : right + 1] != b")":
+                return Span(start, end)
+            start, end = left, right + 1
+
+    def left_of(self, start: int) -> int:
+        """Where the last character before `start` is that is no white space."""
+        place = start - 1
+        while place >= 0:
+            if self.data[place] in b" \t\f\\":
+                place -= 1
+            elif self.data[place] in b"\r\n":
+                place -= 1
+                line = self.starts[max(0, self._line(place))]
+                comment = self.data.find(b"#", line, place + 1)
+                if comment >= 0 and not self.data[line:comment].strip(b" \t([{"):
+                    place = comment - 1  # a line of only brackets and a comment
+            else:
+                break
+        return place
+
+    def _line(self, place: int) -> int:
+        return bisect_right(self.starts, place) - 1
+
+    def right_of(self, end: int) -> int:
+        """Where the first character from `end` on is that is no white space or comment."""
+        place = end
+        while place < len(self.data):
+            if self.data[place] in b" \t\f\\\r\n":
+                place += 1
+            elif self.data[place : place + 1] == b"#":
+                place = self.data.find(b"\n", place)
+                if place < 0:
+                    return len(self.data)
+            else:
+                break
+        return place
 
     # ----------------------------------------------------------------- expressions
 
-    def span(self, node: cst.CSTNode) -> Span:
-        span = self.spans[node]
-        return Span(span.start, span.start + span.length)
-
-    def expr(self, node: cst.BaseExpression) -> Expr:
-        lower: Callable[[Any], Expr] | None = getattr(self, f"_{type(node).__name__}", None)
-        span = self._with_parentheses(node)
+    def expr(self, node: ast.expr, bound: Span | None = None) -> Expr:
+        """An expression; parentheses outside `bound` (its statement or parent) are not its own."""
+        lower: Callable[[Any, Span], Expr] | None = getattr(self, f"_{type(node).__name__}", None)
+        own = self.span(node)
+        self.enter(own)
         if lower is None:
-            parts = tuple(self.expr(c) for c in node.children if isinstance(c, cst.BaseExpression))
-            return Expr("other", parts, type(node).__name__, span)
-        made = lower(node)
+            parts = [c for c in ast.iter_child_nodes(node) if isinstance(c, ast.expr)]
+            made = Expr("other", tuple(self.expr(c, own) for c in parts), type(node).__name__, own)
+        else:
+            made = lower(node, own)
+        self.depth -= 1
+        span = self.outer(own, bound) if bound is not None and self.inside is None else own
         return made if made.span == span else Expr(made.op, made.args, made.data, span)
 
-    def _with_parentheses(self, node: cst.BaseExpression) -> Span:
-        span = self.span(node)
-        if not node.lpar:
-            return span
-        first, last = self.spans.get(node.lpar[0]), self.spans.get(node.rpar[-1])
-        if first is None or last is None:
-            return span
-        return Span(min(first.start, span.start), max(last.start + last.length, span.end))
+    def enter(self, span: Span) -> None:
+        self.depth += 1
+        if self.depth > DEEPEST:
+            line, column = self.source.line_column(span.start)
+            raise ParseError(self.source, "nested too deeply", line, column)
 
-    def make(self, op: str, node: cst.CSTNode, args: Sequence[Expr] = (), data: Any = None) -> Expr:
-        return Expr(op, tuple(args), data, self.span(node))
+    def _Name(self, node: ast.Name, span: Span) -> Expr:
+        return Expr("name", (), node.id, span)
 
-    def _none(self, node: cst.CSTNode) -> Expr:
-        return self.make("const", node, (), None)
+    def _Constant(self, node: ast.Constant, span: Span) -> Expr:
+        return Expr("const", (), node.value, span)
 
-    def _Name(self, node: cst.Name) -> Expr:
-        constants = {"None": None, "True": True, "False": False}
-        if node.value in constants:
-            return self.make("const", node, (), constants[node.value])
-        return self.make("name", node, (), node.value)
+    def _JoinedStr(self, node: ast.JoinedStr, span: Span) -> Expr:
+        outer, self.inside = self.inside, span
+        parts = tuple(
+            self.expr(part.value) for part in node.values if isinstance(part, ast.FormattedValue)
+        )
+        self.inside = outer
+        return Expr("string", parts, None, span)
 
-    def _Integer(self, node: cst.Integer) -> Expr:
-        return self.make("const", node, (), node.evaluated_value)
+    def _Attribute(self, node: ast.Attribute, span: Span) -> Expr:
+        return Expr("attr", (self.expr(node.value, span),), node.attr, span)
 
-    def _Float(self, node: cst.Float) -> Expr:
-        return self.make("const", node, (), node.evaluated_value)
-
-    def _Imaginary(self, node: cst.Imaginary) -> Expr:
-        return self.make("const", node, (), node.evaluated_value)
-
-    def _SimpleString(self, node: cst.SimpleString) -> Expr:
-        return self.make("const", node, (), node.evaluated_value)
-
-    def _ConcatenatedString(self, node: cst.ConcatenatedString) -> Expr:
-        value = node.evaluated_value
-        if value is not None:
-            return self.make("const", node, (), value)
-        return self.make("string", node, (self.expr(node.left), self.expr(node.right)))
-
-    def _FormattedString(self, node: cst.FormattedString) -> Expr:
-        parts = [
-            self.expr(part.expression)
-            for part in node.parts
-            if isinstance(part, cst.FormattedStringExpression)
+    def _Call(self, node: ast.Call, span: Span) -> Expr:
+        function = self.expr(node.func, span)
+        opening = self.right_of(function.span.end)
+        within = Span(opening + 1, span.end - 1) if self.inside is None else span
+        given: list[tuple[ast.expr, str | None]] = [
+            (a.value, "*") if isinstance(a, ast.Starred) else (a, None) for a in node.args
         ]
-        return self.make("string", node, parts)
+        given += [(keyword.value, keyword.arg or "**") for keyword in node.keywords]
+        # Starred arguments may stand behind keywords: the order is that of the text.
+        given.sort(key=lambda pair: (pair[0].lineno, pair[0].col_offset))
+        args, keywords = [function], []
+        for value, keyword in given:
+            made = self.expr(value, within)
+            if made.span.start < within.start:  # `f(x for x in y)`: the call's own parentheses
+                first, last = self.right_of(within.start), self.left_of(within.end) + 1
+                made = Expr(made.op, made.args, made.data, Span(first, last))
+            args.append(made)
+            keywords.append(keyword)
+        return Expr("call", tuple(args), tuple(keywords), span)
 
-    def _Ellipsis(self, node: cst.Ellipsis) -> Expr:
-        return self.make("const", node, (), ...)
+    def _Subscript(self, node: ast.Subscript, span: Span) -> Expr:
+        base = self.expr(node.value, span)
+        key = node.slice
+        if isinstance(key, ast.Tuple) and key.elts:
+            within = self.span(key)
+            keys = tuple(self.expr(part, within) for part in key.elts)
+            index = Expr("tuple", keys, None, keys[0].span)
+        else:
+            index = self.expr(key, Span(base.span.end, span.end))
+        return Expr("subscript", (base, index), None, span)
 
-    def _Attribute(self, node: cst.Attribute) -> Expr:
-        return self.make("attr", node, (self.expr(node.value),), node.attr.value)
-
-    def _Call(self, node: cst.Call) -> Expr:
-        args, keywords = [self.expr(node.func)], []
-        for argument in node.args:
-            args.append(self.expr(argument.value))
-            keywords.append(argument.keyword.value if argument.keyword else argument.star or None)
-        return self.make("call", node, args, tuple(keywords))
-
-    def _Subscript(self, node: cst.Subscript) -> Expr:
-        keys = [self._index(element.slice, element) for element in node.slice]
-        single = len(keys) == 1 and not isinstance(
-            node.slice[0].comma, cst.Comma
-        )  # x[a,] is a tuple
-        key = keys[0] if single else Expr("tuple", tuple(keys), None, keys[0].span)
-        return self.make("subscript", node, (self.expr(node.value), key))
-
-    def _index(self, node: cst.BaseSlice, element: cst.CSTNode) -> Expr:
-        if isinstance(node, cst.Index):
-            value = self.expr(node.value)
-            return self.make("star", element, (value,), "*") if node.star else value
-        assert isinstance(node, cst.Slice)
-        parts = [
-            self.expr(part) if part is not None else self._none(element)
+    def _Slice(self, node: ast.Slice, span: Span) -> Expr:
+        parts = tuple(
+            self.expr(part, span) if part is not None else Expr("const", (), None, span)
             for part in (node.lower, node.upper, node.step)
-        ]
-        return self.make("slice", element, parts)
+        )
+        return Expr("slice", parts, None, span)
 
-    def _elements(self, node: Any) -> list[Expr]:
-        made = []
-        for element in node.elements:
-            value = self.expr(element.value)
-            starred = isinstance(element, cst.StarredElement)
-            made.append(self.make("star", element, (value,), "*") if starred else value)
-        return made
+    def _Starred(self, node: ast.Starred, span: Span) -> Expr:
+        return Expr("star", (self.expr(node.value, span),), "*", span)
 
-    def _Tuple(self, node: cst.Tuple) -> Expr:
-        return self.make("tuple", node, self._elements(node))
+    def _sequence(self, op: str, node: Any, span: Span) -> Expr:
+        return Expr(op, tuple(self.expr(part, span) for part in node.elts), None, span)
 
-    def _List(self, node: cst.List) -> Expr:
-        return self.make("list", node, self._elements(node))
+    def _Tuple(self, node: ast.Tuple, span: Span) -> Expr:
+        return self._sequence("tuple", node, span)
 
-    def _Set(self, node: cst.Set) -> Expr:
-        return self.make("set", node, self._elements(node))
+    def _List(self, node: ast.List, span: Span) -> Expr:
+        return self._sequence("list", node, span)
 
-    def _Dict(self, node: cst.Dict) -> Expr:
+    def _Set(self, node: ast.Set, span: Span) -> Expr:
+        return self._sequence("set", node, span)
+
+    def _Dict(self, node: ast.Dict, span: Span) -> Expr:
         parts: list[Expr] = []
-        for element in node.elements:
-            key = self.expr(element.key) if isinstance(element, cst.DictElement) else None
-            parts += [key or self._none(element), self.expr(element.value)]
-        return self.make("dict", node, parts)
+        for key, value in zip(node.keys, node.values, strict=True):
+            made = self.expr(value, span)
+            first = self.expr(key, span) if key is not None else None
+            parts += [first or Expr("const", (), None, made.span), made]
+        return Expr("dict", tuple(parts), None, span)
 
-    def _BinaryOperation(self, node: cst.BinaryOperation) -> Expr:
-        operator = _BINARY[type(node.operator).__name__]
-        return self.make("binary", node, (self.expr(node.left), self.expr(node.right)), operator)
+    def _BinOp(self, node: ast.BinOp, span: Span) -> Expr:
+        parts = (self.expr(node.left, span), self.expr(node.right, span))
+        return Expr("binary", parts, _BINARY[type(node.op)], span)
 
-    def _UnaryOperation(self, node: cst.UnaryOperation) -> Expr:
-        operator = _UNARY[type(node.operator).__name__]
-        operand = self.expr(node.expression)
+    def _UnaryOp(self, node: ast.UnaryOp, span: Span) -> Expr:
+        operator = _UNARY[type(node.op)]
+        operand = self.expr(node.operand, span)
         if operator == "-" and operand.op == "const" and isinstance(operand.data, (int, float)):
-            return self.make("const", node, (), -operand.data)
-        return self.make("unary", node, (operand,), operator)
+            return Expr("const", (), -operand.data, span)
+        return Expr("unary", (operand,), operator, span)
 
-    def _BooleanOperation(self, node: cst.BooleanOperation) -> Expr:
-        operator = "and" if isinstance(node.operator, cst.And) else "or"
-        return self.make("bool", node, (self.expr(node.left), self.expr(node.right)), operator)
+    def _BoolOp(self, node: ast.BoolOp, span: Span) -> Expr:
+        operator = "and" if isinstance(node.op, ast.And) else "or"
+        first, *rest = (self.expr(part, span) for part in node.values)
+        for part in rest:
+            first = Expr("bool", (first, part), operator, Span(first.span.start, part.span.end))
+        return Expr("bool", first.args, operator, span)
 
-    def _Comparison(self, node: cst.Comparison) -> Expr:
-        args, operators = [self.expr(node.left)], []
-        for target in node.comparisons:
-            operators.append(_COMPARE[type(target.operator).__name__])
-            args.append(self.expr(target.comparator))
-        return self.make("compare", node, args, tuple(operators))
+    def _Compare(self, node: ast.Compare, span: Span) -> Expr:
+        parts = tuple(self.expr(part, span) for part in (node.left, *node.comparators))
+        return Expr("compare", parts, tuple(_COMPARE[type(op)] for op in node.ops), span)
 
-    def _IfExp(self, node: cst.IfExp) -> Expr:
-        parts = (self.expr(node.test), self.expr(node.body), self.expr(node.orelse))
-        return self.make("if", node, parts)
+    def _IfExp(self, node: ast.IfExp, span: Span) -> Expr:
+        parts = tuple(self.expr(part, span) for part in (node.test, node.body, node.orelse))
+        return Expr("if", parts, None, span)
 
-    def _Lambda(self, node: cst.Lambda) -> Expr:
-        return self.make("lambda", node, (self.expr(node.body),), self.parameters(node.params))
+    def _Lambda(self, node: ast.Lambda, span: Span) -> Expr:
+        return Expr("lambda", (self.expr(node.body, span),), self.parameters(node.args), span)
 
-    def _NamedExpr(self, node: cst.NamedExpr) -> Expr:
-        return self.make("walrus", node, (self.expr(node.target), self.expr(node.value)))
+    def _NamedExpr(self, node: ast.NamedExpr, span: Span) -> Expr:
+        return Expr(
+            "walrus", (self.expr(node.target, span), self.expr(node.value, span)), None, span
+        )
 
-    def _comprehension(self, node: Any, elements: Sequence[Expr], kind: str) -> Expr:
-        generators = []
-        part: cst.CompFor | None = node.for_in
-        while part is not None:
-            conditions = tuple(self.expr(condition.test) for condition in part.ifs)
-            generators.append(Generator(self.expr(part.target), self.expr(part.iter), conditions))
-            part = part.inner_for_in
-        return self.make("comp", node, elements, Comprehension(kind, tuple(generators)))
+    def _comprehension(
+        self, node: Any, elements: Sequence[ast.expr], kind: str, span: Span
+    ) -> Expr:
+        generators = tuple(
+            Generator(
+                self.expr(part.target, span),
+                self.expr(part.iter, span),
+                tuple(self.expr(test, span) for test in part.ifs),
+            )
+            for part in node.generators
+        )
+        made = tuple(self.expr(element, span) for element in elements)
+        return Expr("comp", made, Comprehension(kind, generators), span)
 
-    def _ListComp(self, node: cst.ListComp) -> Expr:
-        return self._comprehension(node, (self.expr(node.elt),), "list")
+    def _ListComp(self, node: ast.ListComp, span: Span) -> Expr:
+        return self._comprehension(node, (node.elt,), "list", span)
 
-    def _SetComp(self, node: cst.SetComp) -> Expr:
-        return self._comprehension(node, (self.expr(node.elt),), "set")
+    def _SetComp(self, node: ast.SetComp, span: Span) -> Expr:
+        return self._comprehension(node, (node.elt,), "set", span)
 
-    def _GeneratorExp(self, node: cst.GeneratorExp) -> Expr:
-        return self._comprehension(node, (self.expr(node.elt),), "generator")
+    def _GeneratorExp(self, node: ast.GeneratorExp, span: Span) -> Expr:
+        return self._comprehension(node, (node.elt,), "generator", span)
 
-    def _DictComp(self, node: cst.DictComp) -> Expr:
-        return self._comprehension(node, (self.expr(node.key), self.expr(node.value)), "dict")
+    def _DictComp(self, node: ast.DictComp, span: Span) -> Expr:
+        return self._comprehension(node, (node.key, node.value), "dict", span)
 
     # ----------------------------------------------------------------- statements
 
-    def suite(self, body: Sequence[Any]) -> tuple[Stmt, ...]:
+    def suite(self, body: Sequence[ast.stmt]) -> tuple[Stmt, ...]:
         made: list[Stmt] = []
         for node in body:
-            if isinstance(node, cst.SimpleStatementLine):
-                for small in node.body:
-                    made.extend(self.small(small))
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                made += self.imports(node, self.span(node))
             else:
-                made.append(self.compound(node))
+                span = self.span(node)
+                self.enter(span)
+                made.append(self.statement(node, span))
+                self.depth -= 1
         return tuple(made)
 
-    def block(self, node: cst.BaseSuite) -> tuple[Stmt, ...]:
-        if isinstance(node, cst.SimpleStatementSuite):
-            return tuple(stmt for small in node.body for stmt in self.small(small))
-        return self.suite(node.body)
-
-    def small(self, node: cst.BaseSmallStatement) -> list[Stmt]:
-        span = self.span(node)
+    def statement(self, node: ast.stmt, span: Span) -> Stmt:
         match node:
-            case cst.Assign():
-                targets = tuple(self.expr(target.target) for target in node.targets)
-                return [Assign(targets, self.expr(node.value), span)]
-            case cst.AnnAssign():
-                value = self.expr(node.value) if node.value is not None else None
-                return [Assign((self.expr(node.target),), value, span)]
-            case cst.AugAssign():
-                operator = _BINARY[type(node.operator).__name__.removesuffix("Assign")]
-                return [AugAssign(self.expr(node.target), operator, self.expr(node.value), span)]
-            case cst.Expr():
-                return [Evaluate(self.expr(node.value), span)]
-            case cst.Return():
-                value = self.expr(node.value) if node.value is not None else None
-                return [Return(value, span)]
-            case cst.Import() | cst.ImportFrom():
-                return self.imports(node, span)
-        parts = tuple(
-            self.expr(child) for child in node.children if isinstance(child, cst.BaseExpression)
-        )
-        return [Simple(type(node).__name__.lower(), parts, span)]
-
-    def imports(self, node: cst.Import | cst.ImportFrom, span: Span) -> list[Stmt]:
-        made: list[Stmt] = []
-        if isinstance(node, cst.Import):
-            for alias in node.names:
-                module = _dotted(alias.name)
-                local = _dotted(alias.asname.name) if alias.asname else None
-                where = self.span(alias.name)
-                made.append(Import(module, 0, (), local or module, False, where, span))
-            return made
-        module = _dotted(node.module) if node.module is not None else ""
-        end = self.span(node.module).end if node.module is not None else 0
-        if node.relative:
-            start = self.span(node.relative[0]).start
-            end = end or self.span(node.relative[-1]).end
-        else:
-            assert node.module is not None
-            start = self.span(node.module).start
-        is_star = isinstance(node.names, cst.ImportStar)
-        names = (
-            ()
-            if isinstance(node.names, cst.ImportStar)
-            else tuple(
-                (
-                    _dotted(alias.asname.name) if alias.asname else _dotted(alias.name),
-                    _dotted(alias.name),
-                )
-                for alias in node.names
-            )
-        )
-        where = Span(start, end)
-        return [Import(module, len(node.relative), names, None, is_star, where, span)]
-
-    def compound(self, node: cst.BaseCompoundStatement) -> Stmt:
-        span = self.span(node)
-        match node:
-            case cst.FunctionDef():
+            case ast.Assign():
+                targets = tuple(self.expr(target, span) for target in node.targets)
+                return Assign(targets, self.expr(node.value, span), span)
+            case ast.AnnAssign():
+                value = self.expr(node.value, span) if node.value is not None else None
+                return Assign((self.expr(node.target, span),), value, span)
+            case ast.AugAssign():
+                target, value = self.expr(node.target, span), self.expr(node.value, span)
+                return AugAssign(target, _BINARY[type(node.op)], value, span)
+            case ast.Expr():
+                return Evaluate(self.expr(node.value, span), span)
+            case ast.Return():
+                return Return(self.expr(node.value, span) if node.value is not None else None, span)
+            case ast.FunctionDef() | ast.AsyncFunctionDef():
                 return self.function(node, span)
-            case cst.ClassDef():
-                bases = tuple(self.expr(argument.value) for argument in node.bases)
-                return Class(
-                    node.name.value,
-                    bases,
-                    tuple(self.expr(d.decorator) for d in node.decorators),
-                    self.block(node.body),
-                    self._from_decorators(node, span),
-                    self.span(node.name),
+            case ast.ClassDef():
+                return self.class_(node, span)
+            case ast.If():
+                body, orelse = self.suite(node.body), self.suite(node.orelse)
+                return If(self.expr(node.test, span), body, orelse, span)
+            case ast.For() | ast.AsyncFor():
+                parts = self.expr(node.target, span), self.expr(node.iter, span)
+                return For(*parts, self.suite(node.body), self.suite(node.orelse), span)
+            case ast.While():
+                return While(self.expr(node.test, span), self.suite(node.body), span)
+            case ast.With() | ast.AsyncWith():
+                heads = tuple(self.expr(item.context_expr) for item in node.items)
+                return Block("with", heads, (self.suite(node.body),), span)
+            case ast.Try():
+                return self.try_(node, span)
+        if type(node).__name__ == "TryStar":
+            return self.try_(node, span)
+        parts_ = tuple(
+            self.expr(child, span)
+            for child in ast.iter_child_nodes(node)
+            if isinstance(child, ast.expr)
+        )
+        keyword = type(node).__name__.lower()
+        return Simple(_KEYWORDS.get(keyword, keyword), parts_, span)
+
+    def try_(self, node: Any, span: Span) -> Block:
+        bodies = [self.suite(node.body)]
+        bodies += [self.suite(handler.body) for handler in node.handlers]
+        bodies += [self.suite(part) for part in (node.orelse, node.finalbody) if part]
+        return Block("try", (), tuple(bodies), span)
+
+    def imports(self, node: ast.Import | ast.ImportFrom, span: Span) -> list[Stmt]:
+        if isinstance(node, ast.Import):
+            made: list[Stmt] = []
+            for alias in node.names:
+                start = self.span(alias).start
+                where = Span(start, start + len(alias.name.encode()))
+                made.append(
+                    Import(alias.name, 0, (), alias.asname or alias.name, False, where, span)
                 )
-            case cst.If():
-                orelse: tuple[Stmt, ...] = ()
-                if isinstance(node.orelse, cst.If):
-                    orelse = (self.compound(node.orelse),)
-                elif node.orelse is not None:
-                    orelse = self.block(node.orelse.body)
-                return If(self.expr(node.test), self.block(node.body), orelse, span)
-            case cst.For():
-                tail = self.block(node.orelse.body) if node.orelse is not None else ()
-                parts = self.expr(node.target), self.expr(node.iter)
-                return For(*parts, self.block(node.body), tail, span)
-            case cst.While():
-                return While(self.expr(node.test), self.block(node.body), span)
-            case cst.With():
-                heads = tuple(self.expr(item.item) for item in node.items)
-                return Block("with", heads, (self.block(node.body),), span)
-            case cst.Try() | cst.TryStar():
-                bodies = [self.block(node.body)]
-                bodies += [self.block(handler.body) for handler in node.handlers]
-                bodies += [self.block(p.body) for p in (node.orelse, node.finalbody) if p]
-                return Block("try", (), tuple(bodies), span)
-        parts_ = tuple(self.expr(c) for c in node.children if isinstance(c, cst.BaseExpression))
-        return Simple(type(node).__name__.lower(), parts_, span)
+            return made
+        found = _FROM.match(self.data, span.start, span.end)
+        assert found is not None
+        text = found.group(1)
+        start = found.start(1) + len(text) - len(text.lstrip(b" \t\f\r\n\\"))
+        where = Span(start, found.start(1) + len(text.rstrip(b" \t\f\r\n\\")))
+        is_star = node.names[0].name == "*"
+        names = () if is_star else tuple((a.asname or a.name, a.name) for a in node.names)
+        return [Import(node.module or "", node.level, names, None, is_star, where, span)]
 
-    def _from_decorators(self, node: cst.FunctionDef | cst.ClassDef, span: Span) -> Span:
-        if not node.decorators:
+    def _decorators(self, node: Any) -> tuple[Expr, ...]:
+        return tuple(self.expr(d) for d in node.decorator_list)
+
+    def _from_decorators(self, node: Any, span: Span) -> Span:
+        if not node.decorator_list:
             return span
-        return Span(self.span(node.decorators[0]).start, span.end)
+        first = self.span(node.decorator_list[0]).start
+        return Span(self.data.rindex(b"@", 0, first), span.end)
 
-    def function(self, node: cst.FunctionDef, span: Span) -> Function:
-        start = self.source.data.rfind(b"def", 0, self.span(node.name).start)
-        if node.asynchronous is not None:
-            start = self.span(node.asynchronous).start
-        return Function(
-            node.name.value,
-            self.parameters(node.params),
-            tuple(self.expr(d.decorator) for d in node.decorators),
-            self.block(node.body),
+    def _name_span(self, span: Span, name: str) -> Span:
+        found = _DEF.match(self.data, span.start, span.end)
+        assert found is not None
+        return Span(found.end(), found.end() + len(name.encode()))
+
+    def class_(self, node: ast.ClassDef, span: Span) -> Class:
+        name = self._name_span(span, node.name)
+        opening = self.right_of(name.end)
+        last = max((self.span(base).end for base in node.bases), default=opening)
+        within = Span(opening + 1, self.right_of(last))
+        return Class(
+            node.name,
+            tuple(self.expr(base, within) for base in node.bases),
+            self._decorators(node),
+            self.suite(node.body),
             self._from_decorators(node, span),
-            Span(start, span.end),
-            self.span(node.name),
-            node.asynchronous is not None,
+            name,
         )
 
-    def parameters(self, node: cst.Parameters) -> tuple[Parameter, ...]:
-        made = [self._parameter(p, "positional") for p in (*node.posonly_params, *node.params)]
-        if isinstance(node.star_arg, cst.Param):
-            made.append(self._parameter(node.star_arg, "*"))
-        made += [self._parameter(p, "keyword") for p in node.kwonly_params]
-        if node.star_kwarg is not None:
-            made.append(self._parameter(node.star_kwarg, "**"))
+    def function(self, node: ast.FunctionDef | ast.AsyncFunctionDef, span: Span) -> Function:
+        return Function(
+            node.name,
+            self.parameters(node.args),
+            self._decorators(node),
+            self.suite(node.body),
+            self._from_decorators(node, span),
+            span,
+            self._name_span(span, node.name),
+            isinstance(node, ast.AsyncFunctionDef),
+        )
+
+    def parameters(self, node: ast.arguments) -> tuple[Parameter, ...]:
+        plain = [*node.posonlyargs, *node.args]
+        missing = len(plain) - len(node.defaults)
+        made = [
+            self._parameter(
+                part, "positional", node.defaults[i - missing] if i >= missing else None
+            )
+            for i, part in enumerate(plain)
+        ]
+        if node.vararg is not None:
+            made.append(self._parameter(node.vararg, "*", None))
+        made += [
+            self._parameter(part, "keyword", default)
+            for part, default in zip(node.kwonlyargs, node.kw_defaults, strict=True)
+        ]
+        if node.kwarg is not None:
+            made.append(self._parameter(node.kwarg, "**", None))
         return tuple(made)
 
-    def _parameter(self, node: cst.Param, kind: str) -> Parameter:
-        default = self.expr(node.default) if node.default is not None else None
-        annotation = self.expr(node.annotation.annotation) if node.annotation is not None else None
-        return Parameter(node.name.value, kind, default, annotation)
-
-
-def _dotted(node: cst.BaseExpression | cst.BaseAssignTargetExpression) -> str:
-    if isinstance(node, cst.Attribute):
-        return f"{_dotted(node.value)}.{node.attr.value}"
-    assert isinstance(node, cst.Name)
-    return node.value
+    def _parameter(self, node: ast.arg, kind: str, default: ast.expr | None) -> Parameter:
+        annotation = self.expr(node.annotation) if node.annotation is not None else None
+        value = self.expr(default) if default is not None else None
+        return Parameter(node.arg, kind, value, annotation)
