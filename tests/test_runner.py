@@ -1,0 +1,239 @@
+"""The CPU runner: the text it executes is MLX's own, and kernels come out right."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlxrewrite.kernels.dialects.cpu import CompileError, KernelError, metal_kernel
+from mlxrewrite.kernels.dialects.cpu.source import Input, signature
+from runner_cases import DECODE, MLX_TYPES, Case, decode, reduction, variant
+
+# ---- the signature: what MLX itself prints while it exports a graph ------------------------------
+SIGNATURES: dict[str, dict[str, Any]] = {
+    "facts, scalar, constant, template": {
+        "inputs": {
+            "a": mx.zeros((64,), mx.float16),
+            "b": mx.zeros((4,), mx.bfloat16),
+            "s": mx.array(1.0),
+        },
+        "outputs": {"o": mx.float16},
+        "source": "o[thread_position_in_grid.x] = a[0] * T(2) + b[0] + s + a_shape[0]"
+        " + b_strides[0] + a_ndim; uint lane = thread_index_in_simdgroup;",
+        "header": "// helpers\n",
+        "template": [("T", mx.float16), ("D", 64), ("F", True)],
+    },
+    "two outputs": {
+        "inputs": {"a": mx.zeros((8, 2), mx.int32)},
+        "outputs": {"o": mx.int32, "p": mx.float32},
+        "source": "o[threadgroup_position_in_grid.x] = a[0];",
+    },
+    "no attribute, atomic": {
+        "inputs": {"a": mx.zeros((9,), mx.uint8)},
+        "outputs": {"o": mx.float32},
+        "source": "o[0] = a[0];",
+        "template": [("N", -3)],
+        "atomic_outputs": True,
+    },
+    "no attribute, facts": {
+        "inputs": {"a": mx.zeros((9, 2), mx.uint32)},
+        "outputs": {"o": mx.float32, "p": mx.int8},
+        "source": "o[0] = a[a_strides[0]];",
+    },
+    "no attribute, two inputs with facts": {
+        "inputs": {"a": mx.zeros((9, 2), mx.uint32), "b": mx.zeros((7,), mx.uint16)},
+        "outputs": {"o": mx.float32},
+        "source": "o[0] = a[a_shape[0]] + b_ndim;",
+    },
+    "names inside names": {
+        "inputs": {"k": mx.zeros((3, 3), mx.bool_), "bb": mx.zeros((2, 3), mx.int64)},
+        "outputs": {"o": mx.float32},
+        "source": "int block_shape = 1; // grid_size\n"
+        "o[simdgroup_index_in_threadgroup] = k[threads_per_threadgroup.x] + bb_shape[1];",
+        "template": [("T", mx.bfloat16), ("U", mx.int32)],
+    },
+    "every type": {
+        "inputs": {
+            f"i{n}": mx.zeros((16,), dtype)
+            for n, dtype in enumerate(
+                (
+                    mx.bool_,
+                    mx.uint8,
+                    mx.uint16,
+                    mx.uint32,
+                    mx.uint64,
+                    mx.int8,
+                    mx.int16,
+                    mx.int32,
+                    mx.int64,
+                    mx.float16,
+                    mx.bfloat16,
+                    mx.float32,
+                )
+            )
+        },
+        "outputs": {"o": mx.uint64},
+        "source": "o[thread_index_in_threadgroup] = i0[threads_per_simdgroup];",
+    },
+}
+
+
+def printed_by_mlx(name: str, case: dict[str, Any], folder: Path) -> str:
+    """MLX prints the kernel while a graph with it is exported, without a Metal back end."""
+    made = mx.fast.metal_kernel(
+        name=name,
+        input_names=list(case["inputs"]),
+        output_names=list(case["outputs"]),
+        source=case["source"],
+        header=case.get("header", ""),
+        atomic_outputs=case.get("atomic_outputs", False),
+    )
+
+    def call(*arrays: mx.array) -> list[mx.array]:
+        results: list[mx.array] = made(
+            inputs=list(arrays),
+            template=case.get("template", []),
+            grid=(64, 1, 1),
+            threadgroup=(32, 1, 1),
+            output_shapes=[(64,)] * len(case["outputs"]),
+            output_dtypes=list(case["outputs"].values()),
+            verbose=True,
+        )
+        return results
+
+    with tempfile.TemporaryFile() as file:
+        sys.stdout.flush()
+        before = os.dup(1)
+        os.dup2(file.fileno(), 1)
+        try:
+            mx.export_function(str(folder / "graph"), call, *case["inputs"].values())
+        finally:
+            ctypes.CDLL(None).fflush(None)
+            os.dup2(before, 1)
+            os.close(before)
+        file.seek(0)
+        text = file.read().decode()
+    return text.split("```\n", 1)[1].rsplit("\n```", 1)[0]
+
+
+def ours(name: str, case: dict[str, Any]) -> str:
+    return signature(
+        name=name,
+        inputs=[Input.of(key, array) for key, array in case["inputs"].items()],
+        output_names=list(case["outputs"]),
+        output_dtypes=list(case["outputs"].values()),
+        source=case["source"],
+        header=case.get("header", ""),
+        template=case.get("template", ()),
+        atomic_outputs=case.get("atomic_outputs", False),
+    ).text
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signature_is_that_of_mlx(name: str, tmp_path: Path) -> None:
+    case = SIGNATURES[name]
+    assert ours("probe", case).strip() == printed_by_mlx("probe", case, tmp_path).strip()
+
+
+@pytest.mark.parametrize("case", [decode(), reduction()], ids=["decode", "reduce"])
+def test_signature_of_our_kernels_is_that_of_mlx(case: Case, tmp_path: Path) -> None:
+    described = {
+        "inputs": {name: case.inputs[name] for name in case.kernel.input_names},
+        "outputs": dict(
+            zip(case.kernel.output_names, [dtype for _, dtype in case.outputs], strict=True)
+        ),
+        "source": case.kernel.source,
+        "header": case.kernel.header,
+    }
+    name = case.kernel.name
+    assert ours(name, described).strip() == printed_by_mlx(name, described, tmp_path).strip()
+
+
+# ---- our kernels ---------------------------------------------------------------------------------
+@pytest.mark.parametrize("check", [True, False], ids=["checked", "plain"])
+@pytest.mark.parametrize("dtype", MLX_TYPES)
+def test_decode_matches_the_reference(dtype: str, check: bool) -> None:
+    case = decode(variant(query_dtype=dtype, pool_dtype=dtype, softcap=True, sinks=True))
+    assert case.error(case.run(check=check)) < case.tolerance
+
+
+@pytest.mark.parametrize("check", [True, False], ids=["checked", "plain"])
+@pytest.mark.parametrize("dtype", MLX_TYPES)
+def test_reduction_matches_the_reference(dtype: str, check: bool) -> None:
+    case = reduction(dtype, sinks=True)
+    assert case.error(case.run(check=check)) < case.tolerance
+
+
+def test_decode_with_window_and_dropped_blocks() -> None:
+    case = decode(DECODE, (70, 90), window=20, dropped=(3, 4))
+    assert case.error(case.run()) < case.tolerance
+
+
+# ---- the interface -------------------------------------------------------------------------------
+def run(source: str, *, check: bool = True, threads: int = 32, **inputs: mx.array) -> mx.array:
+    inputs = inputs or {"a": mx.arange(64).astype(mx.float32)}
+    made = metal_kernel("probe", list(inputs), ["o"], source, check=check)
+    return made(
+        inputs=list(inputs.values()),
+        grid=(threads, 1, 1),
+        threadgroup=(threads, 1, 1),
+        output_shapes=[(threads,)],
+        output_dtypes=[mx.float32],
+    )[0]
+
+
+@pytest.mark.parametrize("check", [True, False], ids=["checked", "plain"])
+def test_inputs_written_in_place(check: bool) -> None:
+    pool = mx.zeros((4, 8), mx.bfloat16)
+    same = pool.reshape(-1)
+    mx.eval(pool, same)
+    made = metal_kernel(
+        "write",
+        ["pool"],
+        ["token"],
+        "uint i = thread_position_in_grid.x;\n"
+        "const_cast<device bfloat16_t*>(pool)[i] = bfloat16_t(i);\n"
+        "if (i == 0) { token[0] = 1; }",
+        mutable_inputs=["pool"],
+        check=check,
+    )
+    (token,) = made(
+        inputs=[pool],
+        grid=(32, 1, 1),
+        threadgroup=(32, 1, 1),
+        output_shapes=[(1,)],
+        output_dtypes=[mx.int32],
+    )
+    assert token.item() == 1
+    assert pool.reshape(-1).tolist() == list(range(32))
+    assert same.tolist() == list(range(32))
+
+
+def test_write_to_other_inputs_is_an_error() -> None:
+    with pytest.raises(KernelError, match=r"write to buffer 'a', an input, at byte 0 .*probe"):
+        run("const_cast<device float*>(a)[thread_position_in_grid.x] = 0.0f; o[0] = 0.0f;")
+
+
+def test_text_that_does_not_compile() -> None:
+    with pytest.raises(CompileError, match=r"probe.metal:2:.*no_such_name"):
+        run("float x = 1.0f;\no[0] = x + no_such_name;")
+
+
+def test_too_many_threads() -> None:
+    with pytest.raises(ValueError, match="2048 threads"):
+        run("o[0] = 1.0f;", threads=2048)
+
+
+def test_one_clear_error_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlxrewrite.kernels.dialects.cpu import toolchain
+
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(toolchain.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(toolchain.NoCompilerError, match="pip install ziglang"):
+        toolchain.compiler.__wrapped__()
