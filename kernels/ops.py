@@ -22,7 +22,7 @@ from dataclasses import replace
 
 import mlx.core as mx
 
-from . import reference
+from . import calls, launch, policy, reference
 from .policy import Route
 from .pools import Layout, Pool, new_pool
 from .ragged import Ragged
@@ -35,6 +35,7 @@ __all__ = [
     "Ragged",
     "Route",
     "attention",
+    "attention_spec",
     "copy_blocks",
     "gather",
     "new_pool",
@@ -63,6 +64,8 @@ def write_kv(
         )
     if values is not None:
         _require_rows("values", values, ragged, pool.kv_heads, pool.value_dim)
+    if _on_kernels(pool) and policy.writes_in_place():
+        return calls.write_kv(keys, values, pool, ragged)
     return reference.write_kv(keys, values, pool, ragged)
 
 
@@ -104,6 +107,12 @@ def attention(
             "attention: value_dim is for pools without values, and needed there; got "
             f"value_dim={value_dim} and a pool {'without' if pool.values is None else 'with'} them"
         )
+    if _on_kernels(pool):
+        layer = attention_spec(queries, pool, value_dim, softcap, sinks)
+        query = calls.Query(queries, layer, scale, window, chunk, softcap, sinks)
+        return calls.attention(query, pool, ragged, route)
+    if route == "kernel":
+        raise ValueError("attention: no kernel runs on this back end")
     out = reference.attention(
         queries,
         pool,
@@ -126,6 +135,8 @@ def gather(
     [1, Hkv, positions, Dk] and the same with Dv (None for a pool without values), for mixers that
     read a cache as arrays.
     """
+    if _on_kernels(pool):
+        return calls.gather(pool, ragged, sequence, low)
     keys = reference.gather(pool.keys, pool, ragged, sequence, low)
     if pool.values is None:
         return keys, None, pool
@@ -139,7 +150,37 @@ def copy_blocks(pool: Pool, sources: Sequence[int], targets: Sequence[int]) -> P
         raise ValueError(f"copy_blocks: {len(sources)} sources for {len(targets)} targets")
     if len(set(targets)) != len(targets) or set(targets) & set(sources):
         raise ValueError("copy_blocks: a target appears twice or is a source too")
-    return reference.copy_blocks(pool, sources, targets) if sources else replace(pool)
+    if not sources:
+        return replace(pool)
+    if _on_kernels(pool) and policy.writes_in_place():
+        return calls.copy_blocks(pool, sources, targets)
+    return reference.copy_blocks(pool, sources, targets)
+
+
+def attention_spec(
+    queries: mx.array,
+    pool: Pool,
+    value_dim: int | None = None,
+    softcap: float | None = None,
+    sinks: mx.array | None = None,
+) -> AttentionSpec:
+    """What `attention` with these arguments asks of the kernels."""
+    return AttentionSpec(
+        key_dim=pool.key_dim,
+        value_dim=value_dim or pool.value_dim or pool.key_dim,
+        query_heads=queries.shape[1],
+        kv_heads=pool.kv_heads,
+        block_size=pool.block_size,
+        dtype=calls.dtype_name(queries.dtype),
+        pool_dtype=calls.dtype_name(pool.dtype),
+        softcap=softcap is not None,
+        sinks=sinks is not None,
+        shared_values=pool.values is None,
+    )
+
+
+def _on_kernels(pool: Pool) -> bool:
+    return pool.layout == "pages" and launch.active() is not None
 
 
 def _require_rows(

@@ -42,6 +42,19 @@ def table_starts(ragged: Ragged) -> Ints:
     return starts
 
 
+def rows_of(ragged: Ragged, sequences: tuple[int, ...]) -> Ints:
+    """The rows of some sequences."""
+    return np.concatenate([np.arange(*ragged.starts[i : i + 2]) for i in sequences])
+
+
+def require_live(ragged: Ragged, owners: Ints, low: Ints) -> None:
+    """Refuse positions whose blocks were given back, see `Ragged.require_live`."""
+    kept = np.array(ragged.dropped)[owners] * ragged.block_size
+    if (low < kept).any():
+        at = int(np.argmax(low < kept))
+        ragged.require_live(int(owners[at]), int(low[at]))
+
+
 def decode_plan(
     ragged: Ragged,
     sequences: tuple[int, ...],
@@ -57,9 +70,10 @@ def decode_plan(
     """
     lengths = np.array(ragged.query_lens)[list(sequences)]
     owner = np.repeat(np.array(sequences), lengths)
-    rows = np.concatenate([np.arange(*ragged.starts[i : i + 2]) for i in sequences])
+    rows = rows_of(ragged, sequences)
     high = ragged.host_positions[rows]
     low = first_seen(high, window, chunk)
+    require_live(ragged, owner, low)
     tiles = high // tile - low // tile + 1
     parts = -(-tiles * tile // split)
     per_part = -(-tiles // parts)
@@ -75,7 +89,88 @@ def decode_plan(
     items[:, 4] = np.repeat(np.arange(len(rows)), parts)
     row_items = None
     if ends[-1] > len(rows):
-        packed = np.zeros(max(MIN_METADATA, len(rows) + 1), np.int32)
-        packed[1 : len(rows) + 1] = ends
-        row_items = mx.array(packed)
+        row_items = packed_ends(ends)
     return DecodePlan(len(rows), int(ends[-1]), mx.array(items), row_items)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TiledPlan:
+    """Items of the tiled kernel, int32 [n, 8], see its template. row_items as in `DecodePlan`;
+    num_parts: outputs of a split call, one for each row and part of its keys."""
+
+    num_rows: int
+    num_items: int
+    num_parts: int
+    items: mx.array
+    row_items: mx.array | None
+
+
+def row_spans(ragged: Ragged, window: int | None, chunk: int | None) -> mx.array:
+    """First and last key of each row: int32 [>= T, 2]."""
+    spans = np.zeros((max(MIN_METADATA, ragged.num_rows), 2), np.int32)
+    spans[: ragged.num_rows, 0] = first_seen(ragged.host_positions, window, chunk)
+    spans[: ragged.num_rows, 1] = ragged.host_positions
+    return mx.array(spans)
+
+
+def tiled_plan(
+    ragged: Ragged,
+    sequences: tuple[int, ...],
+    *,
+    window: int | None,
+    chunk: int | None,
+    group: int,
+    row_tiles: int,
+    tile: int,
+    split: int,
+) -> TiledPlan:
+    """Items for all rows of some sequences; the keys of each in parts of about `split` at most.
+
+    All rows of a sequence have equally many parts, since a row's query heads may be spread over
+    two items; a part none of whose keys a row sees is merged with weight 0.
+    """
+    starts = table_starts(ragged)
+    size = 16 * row_tiles
+    items, row_parts, outputs = [], [], 0
+    for i in sequences:
+        length, end = ragged.query_lens[i], ragged.context_lens[i]
+        positions = np.arange(end - length, end)
+        lows = first_seen(positions, window, chunk)
+        ragged.require_live(i, int(lows[0]))
+        base = int(lows[0]) // tile * tile
+        tiles = (end - 1 - base) // tile + 1
+        parts = -(-tiles * tile // split)
+        per_part = -(-tiles // parts) * tile
+        parts = -(-tiles * tile // per_part)
+        first = np.arange(0, length * group, size)
+        last = np.minimum(first + size, length * group)
+        for part in range(parts):
+            made = np.zeros((len(first), 8), np.int64)
+            made[:, 0] = ragged.starts[i]
+            made[:, 1], made[:, 2] = first, last
+            begin = base + part * per_part
+            made[:, 3] = np.maximum(lows[first // group], begin)
+            made[:, 4] = np.minimum(positions[(last - 1) // group], begin + per_part - 1)
+            none = made[:, 3] > made[:, 4]
+            made[none, 3], made[none, 4] = tile, -1
+            made[:, 5] = starts[i]
+            made[:, 6], made[:, 7] = outputs + part, parts
+            items.append(made)
+        row_parts += [parts] * length
+        outputs += parts * length
+    packed = np.concatenate(items)
+    split_rows = outputs > len(row_parts)
+    return TiledPlan(
+        len(row_parts),
+        len(packed),
+        outputs,
+        mx.array(packed.astype(np.int32)),
+        packed_ends(np.cumsum(row_parts)) if split_rows else None,
+    )
+
+
+def packed_ends(ends: Ints) -> mx.array:
+    """0 and the ends, as int32 of at least MIN_METADATA entries."""
+    packed = np.zeros(max(MIN_METADATA, len(ends) + 1), np.int32)
+    packed[1 : len(ends) + 1] = ends
+    return mx.array(packed)

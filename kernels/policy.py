@@ -1,19 +1,45 @@
-"""Which layout, route, kernel and splits serve a call. Everything that is a choice is here."""
+"""Which layout, route, kernel and splits serve a call. Everything that is a choice is here.
+
+Numbers were chosen on an H100 (CUDA); on Metal they are guesses until someone measures there.
+"""
 
 from __future__ import annotations
 
+import os
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from . import launch
-from .specs import DTYPES, AttentionSpec, DecodeSpec, KernelSpec, ReduceSpec
+from .specs import (
+    DTYPES,
+    AttentionSpec,
+    CopySpec,
+    DecodeSpec,
+    GatherSpec,
+    KernelSpec,
+    ReduceSpec,
+    TiledSpec,
+    WriteSpec,
+    supports,
+)
 
 if TYPE_CHECKING:
     from .pools import Layout
+    from .ragged import Ragged
 
 Route = Literal["kernel", "gathered"]
 
-# Query heads of one simdgroup: their queries and sums stay in registers.
+# Query heads of one simdgroup of the decode kernel: their queries and sums stay in registers.
 HEADS = 4
+# Wider groups, wider heads and longer queries than these go to matrix units.
+DECODE_GROUP = 8
+DECODE_WIDTH = 256
+DECODE_ROWS = 4
+# Rows from which on gathering a sequence's pages for MLX's own attention is worth it.
+GATHER_ROWS = 256
+# Threadgroups that fill a device, and the fewest keys worth a threadgroup of its own.
+THREADGROUPS = {"cuda": 1056, "metal": 512, "runner": 1}
+LEAST_SPLIT = {"decode": 128, "tiled": 128}
 
 
 def layout() -> Layout:
@@ -21,15 +47,69 @@ def layout() -> Layout:
     return "heads" if launch.active() is None else "pages"
 
 
+def writes_in_place() -> bool:
+    """Whether writes go behind the back of MLX's graph, ordered by tokens; MLXREWRITE_WRITES=copy
+    makes them MLX's own assignment, which copies a pool that anything else holds."""
+    return launch.active() is not None and os.environ.get("MLXREWRITE_WRITES") != "copy"
+
+
+# ------------------------------------------------------------------ routes
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """Which sequences of a step go where."""
+
+    decode: tuple[int, ...]
+    tiled: tuple[int, ...]
+    gathered: tuple[int, ...]
+
+
+def assign(
+    ragged: Ragged, layer: AttentionSpec, *, band: int | None, route: Route | None
+) -> Assignment:
+    """Send each sequence to the kernel for single rows, the one for many, or MLX's attention.
+
+    band: the widest window or chunk of the layer. Raises ValueError if `route` asks for a kernel
+    and there is none.
+    """
+    everyone = tuple(range(ragged.num_sequences))
+    lacking = supports(layer)
+    if lacking is not None and route == "kernel":
+        raise ValueError(f"attention: {lacking}; the gathered route serves it")
+    if lacking is not None or route == "gathered":
+        return Assignment((), (), everyone)
+    decode, tiled, gathered = [], [], []
+    group = layer.query_heads // layer.kv_heads
+    single = group <= DECODE_GROUP and max(layer.key_dim, layer.value_dim) <= DECODE_WIDTH
+    for i in everyone:
+        length, context = ragged.query_lens[i], ragged.context_lens[i]
+        if single and length < DECODE_ROWS:
+            decode.append(i)
+        elif route is None and length >= GATHER_ROWS and not _narrow(band, context, layer):
+            gathered.append(i)
+        else:
+            tiled.append(i)
+    return Assignment(tuple(decode), tuple(tiled), tuple(gathered))
+
+
+def _narrow(band: int | None, context: int, layer: AttentionSpec) -> bool:
+    """Where the kernels skip most of what MLX's attention would work out and mask: bands, and soft
+    caps, which MLX's attention lacks."""
+    return layer.softcap or (band is not None and 2 * band < context)
+
+
+# ------------------------------------------------------------------ kernels
+
+
 def decode_spec(layer: AttentionSpec, partial: bool) -> DecodeSpec:
     """The kernel for single rows."""
     group = layer.query_heads // layer.kv_heads
     vector = 16 // DTYPES[layer.pool_dtype]
-    widest = max(layer.key_dim, layer.value_dim)
-    heads = min(group, HEADS if widest <= 256 else HEADS // 2)
+    heads = min(group, HEADS)
     chunks = -(-group // heads)
-    # Keys of a turn: what one lane holds of them is then 32 words, of keys and of values.
-    tile = 16 if layer.key_dim // vector <= 16 and layer.value_dim // vector <= 16 else 8
+    # Keys of a turn: what one lane holds of them is 32 words, of keys and of values.
+    tile = 16 if max(layer.key_dim, layer.value_dim) <= 16 * vector else 8
     return DecodeSpec(
         query_dtype=layer.dtype,
         pool_dtype=layer.pool_dtype,
@@ -49,6 +129,33 @@ def decode_spec(layer: AttentionSpec, partial: bool) -> DecodeSpec:
     )
 
 
+def tiled_spec(layer: AttentionSpec, *, banded: bool, partial: bool) -> TiledSpec:
+    """The kernel for many rows."""
+    parts = 1 if layer.value_dim <= 128 else 2 if layer.value_dim <= 256 else 4
+    if layer.value_dim % (8 * parts):
+        parts = 2
+    group = layer.query_heads // layer.kv_heads
+    return TiledSpec(
+        query_dtype=layer.dtype,
+        pool_dtype=layer.pool_dtype,
+        matrix_dtype=layer.pool_dtype if layer.dtype == layer.pool_dtype else "float32",
+        key_dim=layer.key_dim,
+        value_dim=layer.value_dim,
+        kv_heads=layer.kv_heads,
+        group=group,
+        block_size=layer.block_size,
+        row_tiles=4 if parts == 1 else 2,
+        parts=parts,
+        tile=32,
+        keep_queries=layer.key_dim <= 128,
+        banded=banded,
+        softcap=layer.softcap,
+        sinks=layer.sinks,
+        shared_values=layer.shared_values,
+        partial=partial,
+    )
+
+
 def reduce_spec(layer: AttentionSpec) -> ReduceSpec:
     """The kernel that merges the parts of split rows."""
     return ReduceSpec(
@@ -60,6 +167,67 @@ def reduce_spec(layer: AttentionSpec) -> ReduceSpec:
     )
 
 
+def split(kind: Literal["decode", "tiled"], tile: int, keys: int, groups_per_key: int) -> int:
+    """Keys of one threadgroup, a power of two: enough threadgroups to fill the device, if there are
+    so many keys. `keys` of all rows (or tiles of rows) together, each read by `groups_per_key`."""
+    wanted = keys * groups_per_key // THREADGROUPS[launch.active() or "runner"]
+    least = max(tile, LEAST_SPLIT[kind])
+    return max(least, 1 << max(0, wanted - 1).bit_length())
+
+
+def write_spec(
+    rows_dtype: str, pool_dtype: str, kv_heads: int, key_dim: int, value_dim: int | None
+) -> WriteSpec:
+    return WriteSpec(
+        rows_dtype=rows_dtype,
+        pool_dtype=pool_dtype,
+        kv_heads=kv_heads,
+        key_dim=key_dim,
+        value_dim=value_dim or 0,
+        threads=128,
+        values=value_dim is not None,
+    )
+
+
+def gather_spec(pool_dtype: str, kv_heads: int, key_dim: int, value_dim: int | None) -> GatherSpec:
+    return GatherSpec(
+        pool_dtype=pool_dtype,
+        kv_heads=kv_heads,
+        key_dim=key_dim,
+        value_dim=value_dim or 0,
+        word=_word(pool_dtype, key_dim, value_dim or 0),
+        threads=128,
+        values=value_dim is not None,
+    )
+
+
+def copy_spec(pool_dtype: str, key_size: int, value_size: int | None) -> CopySpec:
+    return CopySpec(
+        pool_dtype=pool_dtype,
+        key_size=key_size,
+        value_size=value_size or 0,
+        word=_word(pool_dtype, key_size, value_size or 0),
+        threads=256,
+        values=value_size is not None,
+    )
+
+
+def _word(dtype: str, *sizes: int) -> int:
+    """Bytes of one access that divide all rows."""
+    return next(w for w in (8, 4, 2) if all(n * DTYPES[dtype] % w == 0 for n in sizes))
+
+
 def kernels(layer: AttentionSpec) -> tuple[KernelSpec, ...]:
-    """Every kernel that may serve a layer."""
-    return (decode_spec(layer, False), decode_spec(layer, True), reduce_spec(layer))
+    """Every kernel that may serve a layer whose rows and pool have the types of `layer`."""
+    value_dim = None if layer.shared_values else layer.value_dim
+    sizes = layer.pool_dtype, layer.kv_heads, layer.key_dim, value_dim
+    block = layer.block_size * layer.kv_heads
+    return (
+        write_spec(layer.dtype, *sizes),
+        decode_spec(layer, False),
+        decode_spec(layer, True),
+        *(tiled_spec(layer, banded=b, partial=p) for b in (False, True) for p in (False, True)),
+        reduce_spec(layer),
+        gather_spec(*sizes),
+        copy_spec(layer.pool_dtype, block * layer.key_dim, value_dim and block * value_dim),
+    )

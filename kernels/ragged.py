@@ -6,10 +6,11 @@ a decode step on the CPU route needs none of the arrays that the kernels read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -18,6 +19,8 @@ import numpy.typing as npt
 # MLX binds inputs of fewer elements as `constant`, longer ones as `device`: another kernel. Padding
 # keeps every metadata array on one side of the limit, so that nothing compiles in mid-serving.
 MIN_METADATA = 8
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +39,7 @@ class Ragged:
     tables: tuple[tuple[int, ...], ...]
     dropped: tuple[int, ...]
     block_size: int
-    _memo: dict[object, mx.array] = field(default_factory=dict, repr=False)
+    _memo: dict[object, Any] = field(default_factory=dict, repr=False)
 
     @staticmethod
     def build(
@@ -141,8 +144,8 @@ class Ragged:
 
     @cached_property
     def slot_mapping(self) -> mx.array:
-        """Where each row is written, block * block_size + offset: int64 [>= T]."""
-        return _padded(self.host_slots, np.int64)
+        """Where each row is written, block * block_size + offset: int32 [>= T]."""
+        return _padded(self.host_slots)
 
     # Host side.
 
@@ -164,7 +167,7 @@ class Ragged:
 
     def slots(self, sequence: int, low: int, high: int) -> npt.NDArray[np.int64]:
         """Slots of the positions low..high-1 of one sequence."""
-        self._require_live(sequence, low)
+        self.require_live(sequence, low)
         positions = np.arange(low, high)
         table = np.array(self.tables[sequence], np.int64)
         blocks = table[positions // self.block_size - self.dropped[sequence]]
@@ -191,7 +194,7 @@ class Ragged:
             for table in self.tables
         )
 
-    def _require_live(self, sequence: int, low: int) -> None:
+    def require_live(self, sequence: int, low: int) -> None:
         """Refuse to read a position whose block was given back: it may be another sequence's."""
         first = self.dropped[sequence] * self.block_size
         if low < first:
@@ -203,7 +206,7 @@ class Ragged:
 
     def run(self, sequence: int, low: int, high: int) -> int | None:
         """The slot of position `low` if positions low..high-1 lie side by side in the pool."""
-        self._require_live(sequence, low)
+        self.require_live(sequence, low)
         size, gone, table = self.block_size, self.dropped[sequence], self.tables[sequence]
         first, last = low // size - gone, (high - 1) // size - gone
         if first != last and not self._consecutive[sequence]:
@@ -212,17 +215,30 @@ class Ragged:
                 return None
         return table[first] * size + low % size
 
+    def once(self, key: object, make: Callable[[], T]) -> T:
+        """What `make` returns, made once per step; `key` names it and all it depends on."""
+        if key not in self._memo:
+            self._memo[key] = make()
+        made: T = self._memo[key]
+        return made
+
     def index(self, sequence: int, low: int, high: int) -> mx.array:
         """Slots of the positions low..high-1 as an int32 array, made once per step."""
-        key = (sequence, low, high)
-        if key not in self._memo:
-            self._memo[key] = mx.array(self.slots(sequence, low, high).astype(np.int32))
-        return self._memo[key]
+        return self.once(
+            ("index", sequence, low, high),
+            lambda: mx.array(self.slots(sequence, low, high).astype(np.int32)),
+        )
+
+    def padded_index(self, sequence: int, low: int, high: int) -> mx.array:
+        """The same for the kernels, padded."""
+        return self.once(
+            ("padded index", sequence, low, high), lambda: _padded(self.slots(sequence, low, high))
+        )
 
     def seen(self, sequence: int, low: int, window: int | None, chunk: int | None) -> mx.array:
         """Which of the positions low.. each row of a sequence sees: bool [rows, end - low]."""
-        key = ("seen", sequence, low, window, chunk)
-        if key not in self._memo:
+
+        def make() -> mx.array:
             end = self.context_lens[sequence]
             mine = np.arange(end - self.query_lens[sequence], end)[:, None]
             theirs = np.arange(low, end)[None]
@@ -231,11 +247,12 @@ class Ragged:
                 visible &= theirs > mine - window
             if chunk is not None:
                 visible &= theirs // chunk == mine // chunk
-            self._memo[key] = mx.array(visible)
-        return self._memo[key]
+            return mx.array(visible)
+
+        return self.once(("seen", sequence, low, window, chunk), make)
 
 
-def _padded(values: npt.NDArray[np.int64], dtype: type[np.signedinteger] = np.int32) -> mx.array:
-    result = np.zeros(max(MIN_METADATA, len(values)), dtype)
+def _padded(values: npt.NDArray[np.int64]) -> mx.array:
+    result = np.zeros(max(MIN_METADATA, len(values)), np.int32)
     result[: len(values)] = values
     return mx.array(result)

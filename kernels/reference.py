@@ -86,40 +86,75 @@ def attention(
 ) -> mx.array:
     """Attention of each row over its own sequence: see `ops.attention`."""
     outputs = []
-    rank, rows_dtype = queries.ndim, queries.dtype
-    if rank == 3:
-        queries = queries[:, :, None]
-    if sinks is not None and sinks.dtype != rows_dtype:
-        sinks = sinks.astype(rows_dtype)
-    for i, (length, end) in enumerate(zip(ragged.query_lens, ragged.context_lens, strict=True)):
-        position = end - length
-        low = first_seen(position, window, chunk)
+    for i in range(ragged.num_sequences):
+        low = first_seen(ragged.context_lens[i] - ragged.query_lens[i], window, chunk)
         keys = gather(pool.keys, pool, ragged, i, low)
         if pool.values is None:
             values = keys[..., :value_dim]
         else:
             values = gather(pool.values, pool, ragged, i, low)
-        if pool.dtype != rows_dtype:
-            keys, values = keys.astype(rows_dtype), values.astype(rows_dtype)
-        rows = queries
-        if ragged.num_sequences > 1:
-            rows = rows[ragged.starts[i] : ragged.starts[i + 1]]
-        mask: mx.array | str | None = None
-        if length > 1:
-            rows = rows.transpose(2, 1, 0, 3)
-            plain = first_seen(end - 1, window, chunk) == low
-            mask = "causal" if plain else ragged.seen(i, low, window, chunk)
-        if softcap is None:
-            out = mx.fast.scaled_dot_product_attention(
-                rows, keys, values, scale=scale, mask=mask, sinks=sinks
+        outputs.append(
+            sequence_attention(
+                queries,
+                keys,
+                values,
+                ragged,
+                i,
+                low,
+                scale=scale,
+                window=window,
+                chunk=chunk,
+                softcap=softcap,
+                sinks=sinks,
             )
-        else:
-            if mask == "causal":
-                mask = ragged.seen(i, low, window, chunk)
-            out = _softcapped(rows, keys, values, scale=scale, cap=softcap, mask=mask, sinks=sinks)
-        outputs.append(out.transpose(2, 1, 0, 3) if length > 1 else out)
-    result = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
-    return result.squeeze(2) if rank == 3 else result
+        )
+    return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
+
+
+def sequence_attention(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    ragged: Ragged,
+    sequence: int,
+    low: int,
+    *,
+    scale: float,
+    window: int | None,
+    chunk: int | None,
+    softcap: float | None,
+    sinks: mx.array | None,
+) -> mx.array:
+    """The rows of one sequence over its positions from `low` on.
+
+    queries: of all sequences, [T, Hq(, 1), Dk]; keys [1, Hkv, positions, Dk], values the same with
+    Dv. Returns [rows, Hq(, 1), Dv].
+    """
+    i, rank, rows_dtype = sequence, queries.ndim, queries.dtype
+    length, end = ragged.query_lens[i], ragged.context_lens[i]
+    if sinks is not None and sinks.dtype != rows_dtype:
+        sinks = sinks.astype(rows_dtype)
+    if keys.dtype != rows_dtype:
+        keys, values = keys.astype(rows_dtype), values.astype(rows_dtype)
+    rows = queries if rank == 4 else queries[:, :, None]
+    if ragged.num_sequences > 1:
+        rows = rows[ragged.starts[i] : ragged.starts[i + 1]]
+    mask: mx.array | str | None = None
+    if length > 1:
+        rows = rows.transpose(2, 1, 0, 3)
+        plain = first_seen(end - 1, window, chunk) == low
+        mask = "causal" if plain else ragged.seen(i, low, window, chunk)
+    if softcap is None:
+        out = mx.fast.scaled_dot_product_attention(
+            rows, keys, values, scale=scale, mask=mask, sinks=sinks
+        )
+    else:
+        if mask == "causal":
+            mask = ragged.seen(i, low, window, chunk)
+        out = _softcapped(rows, keys, values, scale=scale, cap=softcap, mask=mask, sinks=sinks)
+    if length > 1:
+        out = out.transpose(2, 1, 0, 3)
+    return out.squeeze(2) if rank == 3 else out
 
 
 def _softcapped(

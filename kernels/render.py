@@ -14,6 +14,7 @@ from .specs import KernelSpec
 
 FOLDER = Path(__file__).parent
 METAL_TYPES = {"float32": "float", "float16": "float16_t", "bfloat16": "bfloat16_t"}
+METAL_WORDS = {2: "ushort", 4: "uint", 8: "uint2"}
 
 
 @cache
@@ -27,6 +28,7 @@ def environment() -> jinja2.Environment:
         autoescape=False,
     )
     made.filters["metal_type"] = METAL_TYPES.__getitem__
+    made.filters["metal_word"] = METAL_WORDS.__getitem__
     return made
 
 
@@ -41,9 +43,9 @@ def template_variables(template: str) -> frozenset[str]:
 
 
 @cache
-def header() -> str:
-    """The helpers that stand before every kernel."""
-    return (FOLDER / "common.metal").read_text()
+def header(names: tuple[str, ...]) -> str:
+    """The helpers that stand before a kernel."""
+    return "".join((FOLDER / name).read_text() for name in names)
 
 
 @cache
@@ -55,6 +57,6 @@ def render(spec: KernelSpec) -> MetalKernel:
         input_names=spec.inputs,
         output_names=spec.outputs,
         source=environment().get_template(template_name(spec.template)).render(values),
-        header=header(),
+        header=header(spec.headers),
         mutable_inputs=spec.mutable,
     )

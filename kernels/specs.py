@@ -52,7 +52,12 @@ class KernelSpec:
     """One kernel: a template and a value for each of its holes."""
 
     template: ClassVar[str]
-    mutable: ClassVar[tuple[str, ...]] = ()
+    headers: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def mutable(self) -> tuple[str, ...]:
+        """Inputs that the kernel writes to."""
+        return ()
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -92,6 +97,7 @@ class DecodeSpec(KernelSpec):
     """
 
     template: ClassVar[str] = "decode"
+    headers: ClassVar[tuple[str, ...]] = ("common.metal",)
 
     query_dtype: str
     pool_dtype: str
@@ -146,3 +152,139 @@ class ReduceSpec(KernelSpec):
     @property
     def outputs(self) -> tuple[str, ...]:
         return ("output",)
+
+
+@dataclass(frozen=True, slots=True)
+class TiledSpec(KernelSpec):
+    """Many query rows that share keys, with matrix units; rows and query heads are packed together.
+
+    row_tiles: tiles of 16 packed rows of a threadgroup. parts: simdgroups that share a row tile.
+    tile: keys of one turn. matrix_dtype: what dialects with typed matrix units multiply.
+    keep_queries: in registers, else they are read again for each tile of keys. banded: rows have
+    first keys of their own (a window or a chunk).
+    """
+
+    template: ClassVar[str] = "tiled"
+    headers: ClassVar[tuple[str, ...]] = ("matrix.metal",)
+
+    query_dtype: str
+    pool_dtype: str
+    matrix_dtype: str
+    key_dim: int
+    value_dim: int
+    kv_heads: int
+    group: int
+    block_size: int
+    row_tiles: int
+    parts: int
+    tile: int
+    keep_queries: bool
+    banded: bool
+    softcap: bool
+    sinks: bool
+    shared_values: bool
+    partial: bool
+
+    @property
+    def simdgroups(self) -> int:
+        return self.row_tiles * self.parts
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        names = ["queries", "key_pool", "block_tables", "row_spans", "items", "settings"]
+        if not self.shared_values:
+            names.insert(2, "value_pool")
+        if self.sinks and not self.partial:
+            names.append("sinks")
+        return (*names, "token_in")
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        results = ("partial_values", "partial_stats") if self.partial else ("output",)
+        return (*results, "token_out")
+
+
+@dataclass(frozen=True, slots=True)
+class WriteSpec(KernelSpec):
+    """The rows of a step into their slots, in place. values: False for pools of keys only."""
+
+    template: ClassVar[str] = "write"
+
+    rows_dtype: str
+    pool_dtype: str
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    threads: int
+    values: bool
+
+    @property
+    def mutable(self) -> tuple[str, ...]:
+        return ("key_pool", "value_pool") if self.values else ("key_pool",)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        if self.values:
+            return ("keys", "values", "slots", "key_pool", "value_pool", "token_in")
+        return ("keys", "slots", "key_pool", "token_in")
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return ("token_out",)
+
+
+@dataclass(frozen=True, slots=True)
+class GatherSpec(KernelSpec):
+    """Positions of one sequence out of the pages, as the arrays that MLX's own attention takes.
+
+    word: bytes of one access.
+    """
+
+    template: ClassVar[str] = "gather"
+
+    pool_dtype: str
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    word: int
+    threads: int
+    values: bool
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        pools = ("key_pool", "value_pool") if self.values else ("key_pool",)
+        return (*pools, "slots", "lengths", "token_in")
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        made = ("gathered_keys", "gathered_values") if self.values else ("gathered_keys",)
+        return (*made, "token_out")
+
+
+@dataclass(frozen=True, slots=True)
+class CopySpec(KernelSpec):
+    """Whole blocks inside a pool, in place; key_size and value_size are elements of a block.
+
+    word: bytes of one access.
+    """
+
+    template: ClassVar[str] = "copy"
+
+    pool_dtype: str
+    key_size: int
+    value_size: int
+    word: int
+    threads: int
+    values: bool
+
+    @property
+    def mutable(self) -> tuple[str, ...]:
+        return ("key_pool", "value_pool") if self.values else ("key_pool",)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return (*self.mutable, "pairs", "token_in")
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return ("token_out",)

@@ -1,0 +1,270 @@
+"""Ops as kernel calls on a pool of pages: arrays in, arrays and the next token out.
+
+`ops` checks what comes in and threads the pool; `policy` chose the kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+import numpy as np
+
+from . import policy, reference
+from .plans import DecodePlan, TiledPlan, decode_plan, row_spans, rows_of, tiled_plan
+from .pools import Pool
+from .ragged import MIN_METADATA, Ragged
+from .render import render
+from .specs import AttentionSpec, DecodeSpec, TiledSpec
+
+LOG2E = 1.4426950408889634
+TOKEN = ((1,), mx.int32)
+
+
+def dtype_name(dtype: mx.Dtype) -> str:
+    return str(dtype).removeprefix("mlx.core.")
+
+
+def write_kv(keys: mx.array, values: mx.array | None, pool: Pool, ragged: Ragged) -> Pool:
+    """The rows of a step into their slots, in place."""
+    if values is not None and values.dtype != keys.dtype:
+        values = values.astype(keys.dtype)
+    spec = policy.write_spec(
+        dtype_name(keys.dtype), dtype_name(pool.dtype), pool.kv_heads, pool.key_dim, pool.value_dim
+    )
+    inputs = {"keys": keys, "slots": ragged.slot_mapping, **_pools(pool), "token_in": pool.token}
+    if values is not None:
+        inputs["values"] = values
+    (token,) = render(spec)(inputs, [TOKEN], groups=ragged.num_rows, threads=spec.threads)
+    return replace(pool, token=token)
+
+
+def copy_blocks(pool: Pool, sources: Sequence[int], targets: Sequence[int]) -> Pool:
+    """Whole blocks inside a pool, in place."""
+    block = pool.block_size * pool.kv_heads
+    value_size = None if pool.value_dim is None else block * pool.value_dim
+    spec = policy.copy_spec(dtype_name(pool.dtype), block * pool.key_dim, value_size)
+    pairs = np.zeros((max(MIN_METADATA, len(sources)), 2), np.int32)
+    pairs[: len(sources), 0], pairs[: len(sources), 1] = sources, targets
+    inputs = {**_pools(pool), "pairs": mx.array(pairs), "token_in": pool.token}
+    (token,) = render(spec)(inputs, [TOKEN], groups=len(sources), threads=spec.threads)
+    return replace(pool, token=token)
+
+
+def gather(
+    pool: Pool, ragged: Ragged, sequence: int, low: int
+) -> tuple[mx.array, mx.array | None, Pool]:
+    """Positions low.. of one sequence: [1, Hkv, positions, Dk], the same with Dv, the next pool."""
+    high = ragged.context_lens[sequence]
+    spec = policy.gather_spec(dtype_name(pool.dtype), pool.kv_heads, pool.key_dim, pool.value_dim)
+    widths = [pool.key_dim] if pool.value_dim is None else [pool.key_dim, pool.value_dim]
+    inputs = {
+        **_pools(pool),
+        "slots": ragged.padded_index(sequence, low, high),
+        "lengths": ragged.once(
+            ("length", high - low), lambda: mx.array([high - low] * MIN_METADATA, mx.int32)
+        ),
+        "token_in": pool.token,
+    }
+    made = render(spec)(
+        inputs,
+        [*(((1, pool.kv_heads, high - low, width), pool.dtype) for width in widths), TOKEN],
+        groups=high - low,
+        threads=spec.threads,
+    )
+    values = None if pool.values is None else made[1]
+    return made[0], values, replace(pool, token=made[-1])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Query:
+    """What one call asks: queries [T, Hq(, 1), Dk] and how they see; see `ops.attention`."""
+
+    queries: mx.array
+    layer: AttentionSpec
+    scale: float
+    window: int | None
+    chunk: int | None
+    softcap: float | None
+    sinks: mx.array | None
+
+    @property
+    def band(self) -> int | None:
+        """How many positions a row sees at most, None: all before it."""
+        bands = [band for band in (self.window, self.chunk) if band is not None]
+        return min(bands, default=None)
+
+    @property
+    def settings(self) -> mx.array:
+        """Factor of the scores and soft cap, so that scores come out in base 2."""
+        if self.softcap is None:
+            return mx.array([self.scale * LOG2E, 1.0], mx.float32)
+        return mx.array([self.scale / self.softcap, self.softcap * LOG2E], mx.float32)
+
+    def inputs(self, pool: Pool, ragged: Ragged) -> dict[str, mx.array]:
+        """The inputs that both attention kernels have."""
+        return {
+            "queries": self.queries,
+            **_pools(pool),
+            "block_tables": ragged.block_tables,
+            "settings": self.settings,
+            "token_in": pool.token,
+        }
+
+
+def attention(
+    query: Query, pool: Pool, ragged: Ragged, route: policy.Route | None
+) -> tuple[mx.array, Pool]:
+    """`ops.attention` on the routes that the policy assigns to the sequences."""
+    goes = policy.assign(ragged, query.layer, band=query.band, route=route)
+    outputs, order = [], (*goes.decode, *goes.tiled, *goes.gathered)
+    for serve, sequences in ((_decode, goes.decode), (_tiled, goes.tiled)):
+        if sequences:
+            out, pool = serve(query, pool, ragged, sequences)
+            outputs.append(out)
+    for sequence in goes.gathered:
+        out, pool = _gathered(query, pool, ragged, sequence)
+        outputs.append(out)
+    result = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
+    if order != tuple(sorted(order)):
+        back = ragged.once(
+            ("order", order),
+            lambda: mx.array(np.argsort(rows_of(ragged, order)).astype(np.int32)),
+        )
+        result = mx.take(result, back, axis=0)
+    return result.reshape(*query.queries.shape[:-1], query.layer.value_dim), pool
+
+
+def _decode(
+    query: Query, pool: Pool, ragged: Ragged, sequences: tuple[int, ...]
+) -> tuple[mx.array, Pool]:
+    """Row by row: the sequences' rows, [rows, Hq, Dv]."""
+    layer = query.layer
+    whole = policy.decode_spec(layer, False)
+
+    def make() -> DecodePlan:
+        lengths = np.array(ragged.query_lens)[list(sequences)]
+        seen = np.minimum(np.array(ragged.context_lens)[list(sequences)], query.band or 1 << 30)
+        return decode_plan(
+            ragged,
+            sequences,
+            window=query.window,
+            chunk=query.chunk,
+            tile=whole.tile,
+            split=policy.split("decode", whole.tile, int(lengths @ seen), layer.kv_heads),
+        )
+
+    key = ("decode", sequences, query.window, query.chunk, whole.tile, layer.kv_heads)
+    plan = ragged.once(key, make)
+    inputs = {**query.inputs(pool, ragged), "items": plan.items}
+    spec = replace(whole, partial=plan.row_items is not None)
+    groups, threads = plan.num_items * layer.kv_heads, 32 * spec.simdgroups
+    return _run(spec, inputs, query, pool, plan.num_items, plan, groups, threads)
+
+
+def _tiled(
+    query: Query, pool: Pool, ragged: Ragged, sequences: tuple[int, ...]
+) -> tuple[mx.array, Pool]:
+    """Many rows at a time: the sequences' rows, [rows, Hq, Dv]."""
+    layer, band = query.layer, query.band
+    whole = policy.tiled_spec(layer, banded=band is not None, partial=False)
+
+    def make() -> TiledPlan:
+        size = 16 * whole.row_tiles
+        keys = sum(
+            -(-ragged.query_lens[i] * whole.group // size)
+            * min(ragged.context_lens[i], (band or 1 << 30) + ragged.query_lens[i])
+            for i in sequences
+        )
+        return tiled_plan(
+            ragged,
+            sequences,
+            window=query.window,
+            chunk=query.chunk,
+            group=whole.group,
+            row_tiles=whole.row_tiles,
+            tile=whole.tile,
+            split=policy.split("tiled", whole.tile, keys, layer.kv_heads),
+        )
+
+    key = ("tiled", sequences, query.window, query.chunk, whole.row_tiles, whole.tile, whole.group)
+    plan = ragged.once((*key, layer.kv_heads), make)
+    spans = ragged.once(
+        ("spans", query.window, query.chunk), lambda: row_spans(ragged, query.window, query.chunk)
+    )
+    inputs = {**query.inputs(pool, ragged), "items": plan.items, "row_spans": spans}
+    spec = replace(whole, partial=plan.row_items is not None)
+    groups, threads = plan.num_items * layer.kv_heads, 32 * spec.simdgroups
+    return _run(spec, inputs, query, pool, plan.num_parts, plan, groups, threads)
+
+
+def _run(
+    spec: DecodeSpec | TiledSpec,
+    inputs: dict[str, mx.array],
+    query: Query,
+    pool: Pool,
+    num_parts: int,
+    plan: DecodePlan | TiledPlan,
+    groups: int,
+    threads: int,
+) -> tuple[mx.array, Pool]:
+    """Run an attention kernel, and the reduction if it left parts."""
+    layer = query.layer
+    if query.sinks is not None and "sinks" in spec.inputs:
+        inputs["sinks"] = query.sinks
+    rows = (plan.num_rows, layer.query_heads, layer.value_dim)
+    if plan.row_items is None:
+        out, token = render(spec)(
+            inputs, [(rows, query.queries.dtype), TOKEN], groups=groups, threads=threads
+        )
+        return out, replace(pool, token=token)
+    parts = max(MIN_METADATA, num_parts)
+    values, stats, token = render(spec)(
+        inputs,
+        [
+            ((parts, layer.query_heads, layer.value_dim), mx.float32),
+            ((parts, layer.query_heads, 2), mx.float32),
+            TOKEN,
+        ],
+        groups=groups,
+        threads=threads,
+    )
+    merge = policy.reduce_spec(layer)
+    inputs = {"partial_values": values, "partial_stats": stats, "row_items": plan.row_items}
+    if query.sinks is not None:
+        inputs["sinks"] = query.sinks
+    (out,) = render(merge)(
+        inputs,
+        [(rows, query.queries.dtype)],
+        groups=plan.num_rows * layer.query_heads,
+        threads=32 * merge.simdgroups,
+    )
+    return out, replace(pool, token=token)
+
+
+def _gathered(query: Query, pool: Pool, ragged: Ragged, sequence: int) -> tuple[mx.array, Pool]:
+    """MLX's own attention over the gathered pages: one sequence's rows, [rows, Hq, Dv]."""
+    start = ragged.context_lens[sequence] - ragged.query_lens[sequence]
+    low = reference.first_seen(start, query.window, query.chunk)
+    keys, values, pool = gather(pool, ragged, sequence, low)
+    out = reference.sequence_attention(
+        query.queries,
+        keys,
+        keys[..., : query.layer.value_dim] if values is None else values,
+        ragged,
+        sequence,
+        low,
+        scale=query.scale,
+        window=query.window,
+        chunk=query.chunk,
+        softcap=query.softcap,
+        sinks=query.sinks,
+    )
+    return out.squeeze(2) if out.ndim == 4 else out, pool
+
+
+def _pools(pool: Pool) -> dict[str, mx.array]:
+    if pool.values is None:
+        return {"key_pool": pool.keys}
+    return {"key_pool": pool.keys, "value_pool": pool.values}
