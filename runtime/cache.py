@@ -111,6 +111,29 @@ class PagedCache:
             # The last first: of blocks kept for their content, a sequence's first outlive the rest.
             self._release(group, table.blocks[::-1])
 
+    def begin(self, length: int) -> int:
+        """A new sequence with places for `length` positions that somebody else fills.
+
+        Groups with windows have places for what later rows see. Raises OutOfBlocks, and changes
+        nothing, if there is no room.
+        """
+        tables = []
+        for group in self._groups:
+            dropped = group.retention.first_needed(length) // self.block_size
+            tables.append(BlockTable([], 0 if group.unused else dropped))
+        counts = [
+            0 if group.unused else table.missing(length, self.block_size)
+            for group, table in zip(self._groups, tables, strict=True)
+        ]
+        for group, count in zip(self._groups, counts, strict=True):
+            if count > group.allocator.num_free:
+                raise OutOfBlocks(f"{length} positions need {count} more blocks")
+        for group, table, count in zip(self._groups, tables, counts, strict=True):
+            table.blocks = group.allocator.allocate(count)
+        name = self.add_sequence()
+        self._sequences[name] = _Sequence(tables, length)
+        return name
+
     def adopt(self, tables: Sequence[BlockTable], length: int) -> int:
         """A new sequence that begins with the first `length` positions of others, in their blocks.
 
@@ -178,6 +201,31 @@ class PagedCache:
     def groups(self) -> list[tuple[Retention, BlockAllocator | None]]:
         """The groups of layers that share block tables; no allocator where nothing is paged."""
         return [(g.retention, None if g.unused else g.allocator) for g in self._groups]
+
+    @property
+    def leaves(self) -> Mapping[tuple[int, ...], Leaf]:
+        """The entries that can be paged, by index and path in the cache list."""
+        return self._leaves
+
+    @property
+    def rollback(self) -> int:
+        return self._rollback
+
+    @property
+    def serial(self) -> int:
+        """The number of the latest step."""
+        return self._serial
+
+    def open_step(self) -> None:
+        """Writes that are not the model's count as a step of their own."""
+        self._serial += 1
+
+    def originals_of(self, sequence: int) -> list[Any]:
+        """The sequence's original caches, for mixers that run once per sequence."""
+        return self._originals_of(sequence)
+
+    def set_originals(self, sequence: int, caches: list[Any]) -> None:
+        self._find(sequence).originals = caches
 
     @property
     def pages_everything(self) -> bool:

@@ -41,6 +41,15 @@ class EntryPool:
             raise RuntimeError("a paged cache was read before anything was written to it")
         return self._pool
 
+    @pool.setter
+    def pool(self, pool: ops.Pool) -> None:
+        self._pool = pool
+
+    @property
+    def rows_dtype(self) -> mx.Dtype:
+        """The type of the rows that were written, which `dtype` may have overridden."""
+        return self._rows_dtype
+
     def write(self, keys: mx.array, values: mx.array, ragged: Ragged | None, serial: int) -> None:
         """Store a step's rows, keys [T, Hkv, 1, Dk] and values [T, Hkv, 1, Dv]; once per step."""
         if self.serial == serial:

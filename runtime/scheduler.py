@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class Store(Protocol):
     """What the scheduler asks of the cache."""
 
-    def admit(self, tokens: Sequence[int], spare: int) -> tuple[int, int] | None:
-        """A new sequence for tokens, and how many of them it has already; None: no room now.
+    def admit(self, job: Job, spare: int) -> tuple[int, int] | None:
+        """A new sequence for a job, and how many of its tokens it has already; None: no room now.
 
         There is room when all tokens fit and `spare` blocks of each group of layers stay free.
         """
@@ -30,6 +30,14 @@ class Store(Protocol):
         """Give the sequence's blocks back."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Brought:
+    """Prompt caches of mlx_lm that hold the first `length` tokens of a request."""
+
+    caches: Sequence[Any]
+    length: int
+
+
 @dataclass(slots=True, eq=False)
 class Job:
     """What the scheduler knows of a request.
@@ -37,7 +45,10 @@ class Job:
     `tokens` are the prompt and all tokens generated so far. `pending` more are being sampled by a
     step under way: they count, but their values are not known yet. `computed` positions are in the
     cache, steps under way included. `limit` is the length at which the request ends. `draft` holds
-    guesses that follow the tokens, to be computed with them.
+    guesses that follow the tokens, to be computed with them. `stops` are lengths, in rising order,
+    that no step goes across: nothing is computed until whoever set the first one takes it out.
+    `brought` are prompt caches that hold its first tokens; with `nameless` what those were is not
+    known, so that nobody else can share them.
     """
 
     tokens: list[int]
@@ -46,6 +57,9 @@ class Job:
     computed: int = 0
     sequence: int = -1
     draft: list[int] = field(default_factory=list)
+    stops: list[int] = field(default_factory=list)
+    brought: Brought | None = None
+    nameless: bool = False
 
     @property
     def length(self) -> int:
@@ -54,7 +68,10 @@ class Job:
     @property
     def todo(self) -> int:
         """Rows that must be computed before the next token can be sampled; 0: nothing to do."""
-        return self.length - self.computed if self.length < self.limit else 0
+        if self.length >= self.limit:
+            return 0
+        goal = min(self.length, self.stops[0]) if self.stops else self.length
+        return max(0, goal - self.computed)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -133,7 +150,7 @@ class Scheduler:
     def _admit(self, job: Job) -> bool:
         if len(self.running) >= self._max_running or job.pending:
             return False
-        got = self._store.admit(job.tokens, len(self.running))
+        got = self._store.admit(job, len(self.running))
         if got is None:
             return False
         job.sequence, job.computed = got

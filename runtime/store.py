@@ -9,7 +9,10 @@ from .blocks import BlockAllocator, BlockTable
 from .cache import PagedCache
 from .caches import Retention
 from .errors import OutOfBlocks
+from .extract import restore
+from .memory import Footprint, footprint
 from .prefix import ROOT, Found, PrefixIndex
+from .scheduler import Job
 
 
 @dataclass(slots=True)
@@ -24,34 +27,51 @@ class StoreStats:
 class PagedStore:
     """The sequences of one `PagedCache`. With `reuse`, equal beginnings are computed once."""
 
-    def __init__(self, cache: PagedCache, *, reuse: bool = True) -> None:
+    def __init__(
+        self, cache: PagedCache, *, reuse: bool = True, known: Footprint | None = None
+    ) -> None:
         self.cache = cache
+        self._footprint = known or footprint(cache.model, cache.block_size)
         self.stats = StoreStats()
         self._reuse = reuse
         self._index: PrefixIndex | None = None
         self._hashes: dict[int, list[bytes]] = {}  # of each sequence's blocks that have a name
+        self._nameless: set[int] = set()
         self._reading: dict[int, int] = {}  # sequences that are shorter than they were admitted for
 
     # ------------------------------------------------------------ the scheduler's view
 
-    def admit(self, tokens: Sequence[int], spare: int) -> tuple[int, int] | None:
-        """A new sequence for tokens, and how many of them it has already; None: no room now."""
-        index = self._names()
-        found = None if index is None else index.find(tokens, len(tokens) - 1)
-        if found is not None and not self._fits(len(tokens), spare, found):
+    def admit(self, job: Job, spare: int) -> tuple[int, int] | None:
+        """A new sequence for a job, and how many of its tokens it has already; None: no room now.
+
+        The longest of what blocks hold already and what the job brings in prompt caches.
+        """
+        tokens = job.tokens
+        index = None if job.nameless else self._names()
+        most = min([len(tokens) - 1, *job.stops[:1]])
+        found = None if index is None else index.find(tokens, most)
+        brought = job.brought
+        if brought is not None and found is not None and found.length >= brought.length:
+            brought = None
+        if brought is not None or (found is not None and not self._fits(len(tokens), spare, found)):
             found = None
         if found is None and not self._fits(len(tokens), spare, None):
             return None
         try:
-            sequence = self._begin(found)
+            if brought is not None:
+                sequence = restore(self.cache, self._footprint, brought.caches, brought.length)
+            else:
+                sequence = self._begin(found)
         except OutOfBlocks:
             return None
-        length = 0 if found is None else found.length
+        length = self.cache.length(sequence)
         self._hashes[sequence] = []
         self._reading[sequence] = len(tokens)
+        if job.nameless:
+            self._nameless.add(sequence)
         if index is not None:
             self.stats.queried += len(tokens)
-            self.stats.reused += length
+            self.stats.reused += 0 if found is None else found.length
         return sequence, length
 
     def reserve(self, sequence: int, count: int) -> int:
@@ -62,27 +82,31 @@ class PagedStore:
         """Give the sequence's blocks back; those with a name stay known while there are others."""
         del self._hashes[sequence]
         self._reading.pop(sequence, None)
+        self._nameless.discard(sequence)
         self.cache.free(sequence)
 
     # ---------------------------------------------------------------------- names
 
-    def name(self, sequence: int, tokens: Sequence[int], *, ending: bool = False) -> None:
-        """Name the blocks that hold these first tokens of a sequence.
+    def name(
+        self, sequence: int, tokens: Sequence[int], count: int, *, ending: bool = False
+    ) -> None:
+        """Name the blocks that hold the first `count` tokens of a sequence.
 
         Only those that are full, since others are still being written; with `ending`, the last one
         too. No more tokens than the sequence has positions.
         """
-        index = self._names()
-        if index is None:
+        size, hashes = self.cache.block_size, self._hashes[sequence]
+        if not ending and (len(hashes) + 1) * size > count:
             return
-        size, tables = self.cache.block_size, self.cache.tables(sequence)
-        hashes = self._hashes[sequence]
-        while (len(hashes) + 1) * size <= len(tokens):
+        index = self._names()
+        if index is None or sequence in self._nameless:
+            return
+        tables = self.cache.tables(sequence)
+        while (len(hashes) + 1) * size <= count:
             start = len(hashes) * size
             parent = hashes[-1] if hashes else ROOT
-            block = tokens[start : start + size]
-            hashes.append(index.name(tables, len(hashes), parent, block))
-        rest = tokens[len(hashes) * size :]
+            hashes.append(index.name(tables, len(hashes), parent, tokens[start : start + size]))
+        rest = tokens[len(hashes) * size : count]
         if ending and rest:
             index.name(tables, len(hashes), hashes[-1] if hashes else ROOT, rest)
 
@@ -150,7 +174,7 @@ class PagedStore:
         kept = retention.window or retention.chunk
         if kept is None:
             return total
-        return min(total, -(-kept // self.cache.block_size) + 1)
+        return min(total, -(-(kept + self.cache.rollback) // self.cache.block_size) + 1)
 
 
 def _shared(table: BlockTable, length: int, size: int) -> int:

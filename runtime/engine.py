@@ -1,0 +1,668 @@
+"""The engine: many requests over one model, a step at a time, the next one built while one runs.
+
+    engine = Engine(model)
+    name = engine.add(Request(prompt, max_tokens=64))
+    while engine.busy:
+        for event in engine.step().tokens:
+            ...
+
+A step is one ragged batch (`Scheduler`) over paged caches (`PagedCache`). What its rows sample
+enters the next step as values that are not known yet, so the host builds that step while the device
+computes this one; end tokens are therefore seen one step late, and the row that was computed in
+vain is thrown away with its sequence.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol
+
+import mlx.core as mx
+from mlx_lm.generate import StopSequences
+from mlx_lm.sample_utils import greedy_sampler
+from mlxrewrite.kernels import policy
+
+from . import memory
+from .batch import Sampled
+from .cache import PagedCache
+from .caches import Retention
+from .errors import RuntimeRefusal
+from .extract import extract, length_of
+from .memory import Footprint, Load
+from .sampling import Chooser, LogitsProcessor, Row, Sampler, choose
+from .scheduler import Brought, Job, Part, Scheduler
+from .store import PagedStore
+
+FinishReason = Literal["stop", "length"]
+
+CLEAR_EVERY = 256  # steps
+ELASTIC_POSITIONS = 16384  # of a pool whose size nobody chose, if nothing needs more
+USUAL_TOKENS = 512  # of an answer
+UNKNOWN = -1  # stands for a token that only a prompt cache knows
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Request:
+    """What to generate.
+
+    `sampler`, `processors` and `stop` are mlx_lm's objects. `seed` makes the draws those of mlx_lm
+    after `mx.random.seed(seed)`. `logprobs`: each token comes with all log-probabilities [V].
+    `boundaries` are lengths of the prompt at which the engine pauses the request for one step and
+    reports it. `caches` are mlx_lm's prompt caches: they hold the first of the tokens, or what came
+    before them if `before` (the tokens that they hold) is shorter. `keep`: the last token is
+    computed too, and comes with prompt caches of all tokens.
+    """
+
+    prompt: Sequence[int]
+    max_tokens: int = 256
+    sampler: Sampler = greedy_sampler
+    processors: Sequence[LogitsProcessor] = ()
+    stop: StopSequences | None = None
+    seed: int | None = None
+    logprobs: bool = False
+    boundaries: Sequence[int] = ()
+    caches: Sequence[Any] | None = None
+    before: Sequence[int] = ()
+    keep: bool = False
+
+
+class Token(NamedTuple):
+    """One token of one request; the last one says why. "stop": the token ends the text."""
+
+    request: int
+    token: int
+    finish_reason: FinishReason | None
+    logprobs: mx.array | None = None  # [V]
+    chosen: float | None = None  # the token's own
+    caches: list[Any] | None = None
+    tokens: list[int] | None = None  # those that the caches hold
+
+
+class Progress(NamedTuple):
+    """A request's prompt is in the cache up to here; `boundary`: one of the request's."""
+
+    request: int
+    computed: int
+    total: int
+    boundary: bool
+
+
+@dataclass(slots=True)
+class Step:
+    """What one call of `Engine.step` has to tell."""
+
+    tokens: list[Token] = field(default_factory=list)
+    progress: list[Progress] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Stats:
+    """Sums since the engine was made. `waited` are seconds spent waiting for the device."""
+
+    steps: int = 0
+    rows: int = 0
+    prompt_rows: int = 0
+    tokens: int = 0
+    finished: int = 0
+    aborted: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+    drafted: int = 0
+    accepted: int = 0
+
+
+class Drafter(Protocol):
+    """Guesses tokens that follow."""
+
+    most: int
+
+    def propose(self, texts: Mapping[int, Sequence[int]]) -> dict[int, list[int]]:
+        """Up to `most` guesses for each request, given all its tokens."""
+
+    def forget(self, request: int) -> None:
+        """A request has ended."""
+
+
+class Observer(Protocol):
+    """Is told when things happen, in seconds; for metrics."""
+
+    def first_token(self, seconds: float) -> None: ...
+
+    def later_tokens(self, seconds: float, count: int) -> None: ...
+
+    def finished(self, reason: str) -> None: ...
+
+
+@dataclass(slots=True, eq=False)
+class _Job(Job):
+    name: int = -1
+    request: Request = field(default_factory=lambda: Request(()))
+    chooser: Chooser = field(default_factory=Chooser)
+    matcher: Any = None
+    prompt: int = 0  # tokens of the prompt, those of prompt caches included
+    generated: int = 0
+    last: Token | None = None  # held back until its own row is in the cache
+    done: bool = False
+    arrived: float = 0.0
+    first: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Flight:
+    """A step that was launched: its parts, and tokens [S] of those that sample."""
+
+    parts: list[tuple[_Job, Part]]
+    sampling: list[tuple[_Job, Part, int, list[int]]]  # first row of the logits, guesses
+    places: dict[_Job, int]
+    tokens: mx.array | None
+    logprobs: mx.array | None
+    chosen: mx.array | None
+    arrays: list[mx.array]
+
+
+class Engine:
+    """Requests in, tokens out. Not for several threads at once.
+
+    `num_blocks` blocks of `block_size` positions for each group of layers, or as many as fit in
+    `kv_memory` bytes; without either as many as the requests at hand need, within what the device
+    has, and more when nothing runs and a request needs more. A step has at most `max_rows` rows
+    (`max_running` requests at most). `reuse`: equal beginnings are computed once. `dtype` is that
+    of the caches, the model's own by default.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        block_size: int = 16,
+        num_blocks: int | Mapping[Retention, int] | None = None,
+        kv_memory: int | None = None,
+        max_rows: int | None = None,
+        max_running: int = 256,
+        reuse: bool = True,
+        dtype: mx.Dtype | None = None,
+        drafter: Drafter | None = None,
+        observer: Observer | None = None,
+        poison: bool = False,
+        shuffle_seed: int | None = None,
+    ) -> None:
+        in_place = policy.layout() == "pages"
+        if max_rows is None:
+            max_rows = max(2048 if in_place else 512, max_running)
+        for what, number in (("max_rows", max_rows), ("max_running", max_running)):
+            if number < 1:
+                raise RuntimeRefusal(f"{what}: expected at least 1, got {number}")
+        self.model = model
+        self.stats = Stats()
+        self.max_rows = max_rows
+        self._block_size = block_size
+        self._max_running = min(max_running, max_rows)
+        self._num_blocks = num_blocks
+        self._kv_memory = kv_memory
+        self._reuse = reuse
+        self._dtype = dtype
+        self._drafter = drafter
+        self._observer = observer
+        self._poison = poison
+        self._shuffle_seed = shuffle_seed
+        # In-place kernels order their reads and writes themselves; elsewhere a step is only
+        # launched when the one before it has ended, or its writes would copy the pools.
+        self._overlap = in_place
+        self._footprint: Footprint | None = None
+        self._store: PagedStore | None = None
+        self._scheduler: Scheduler | None = None
+        self._early: list[_Job] = []  # requests from before there was a pool
+        self._jobs: dict[int, _Job] = {}
+        self._flight: _Flight | None = None
+        self._next = 0
+        self._preemptions = 0
+        if num_blocks is not None or kv_memory is not None:
+            self._make_store(self._sizes(1))
+
+    # ------------------------------------------------------------------ requests
+
+    def add(self, request: Request) -> int:
+        """Take a request; returns its name. Raises RuntimeRefusal if it can never run."""
+        job = self._job(request)
+        capacity = self._possible(job) if self._elastic else self._capacity()
+        if len(job.tokens) + 1 + request.keep > capacity:
+            raise RuntimeRefusal(
+                f"a prompt of {len(job.tokens)} tokens does not fit: there is memory for "
+                f"{capacity} positions, those of the tokens to come included; shorten the prompt "
+                "or give the caches more memory"
+            )
+        job.limit = min(job.limit, capacity)
+        job.name = self._next
+        self._next += 1
+        self._jobs[job.name] = job
+        if self._scheduler is None:
+            self._early.append(job)
+        else:
+            self._scheduler.add(job)
+        return job.name
+
+    def abort(self, name: int) -> None:
+        """Forget a request; harmless if it has ended."""
+        job = self._jobs.get(name)
+        if job is not None:
+            self.stats.aborted += 1
+            self._end(job)
+
+    def caches(self, name: int) -> tuple[list[Any], list[int]]:
+        """Prompt caches of what a request has computed, and the tokens they hold."""
+        job = self._jobs[name]
+        if job.sequence < 0:
+            return [], []
+        return self._extract(job)
+
+    def computed(self, name: int) -> list[int]:
+        """The tokens that a request has in the cache."""
+        job = self._jobs[name]
+        return job.tokens[: min(job.computed, len(job.tokens))]
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._jobs) or self._flight is not None
+
+    @property
+    def waiting(self) -> int:
+        waiting = 0 if self._scheduler is None else len(self._scheduler.waiting)
+        return waiting + len(self._early)
+
+    @property
+    def running(self) -> int:
+        return 0 if self._scheduler is None else len(self._scheduler.running)
+
+    @property
+    def preemptions(self) -> int:
+        return self._preemptions + (0 if self._scheduler is None else self._scheduler.preemptions)
+
+    @property
+    def store(self) -> PagedStore | None:
+        """The paged caches, once there are some."""
+        return self._store
+
+    @property
+    def capacity(self) -> int | None:
+        """Positions that one request can have; None while that is not fixed."""
+        return None if self._elastic else self._capacity()
+
+    # --------------------------------------------------------------------- steps
+
+    def step(self) -> Step:
+        """Run one step further; returns the tokens that are known by now."""
+        began = time.perf_counter()
+        result = Step()
+        self._resume()
+        if self._store is None or self._must_grow():
+            self._grow()
+        before = self._flight
+        if self._drafter is not None:
+            self._draft(self._drafter)
+        following = self._launch(before)
+        self._flight = following
+        if following is not None and (self._overlap or before is None):
+            mx.async_eval(following.arrays)  # type: ignore[no-untyped-call]
+        if before is not None:
+            self._land(before, result)
+            if following is not None and not self._overlap:
+                mx.async_eval(following.arrays)  # type: ignore[no-untyped-call]
+        if self._drafter is not None and following is not None:
+            self._flight = None
+            self._land(following, result)
+        self._report(result, following)
+        if following is not None:
+            self.stats.steps += 1
+            if self.stats.steps % CLEAR_EVERY == 0:
+                mx.clear_cache()
+        self.stats.seconds += time.perf_counter() - began
+        return result
+
+    def run(self) -> dict[int, list[int]]:
+        """Run until nothing is left; all tokens of each request, the ending ones included."""
+        found: dict[int, list[int]] = {name: [] for name in self._jobs}
+        while self.busy:
+            for event in self.step().tokens:
+                found[event.request].append(event.token)
+        return found
+
+    def _launch(self, before: _Flight | None) -> _Flight | None:
+        """Build the graph of the next step; nothing is computed yet."""
+        if self._scheduler is None or self._store is None:
+            return None
+        planned = self._scheduler.schedule()
+        if not planned:
+            return None
+        cache = self._store.cache
+        parts: list[tuple[_Job, Part]] = []
+        sampling: list[tuple[_Job, Part, int, list[int]]] = []
+        tokens: dict[int, Any] = {}
+        wanted: dict[int, list[int]] = {}
+        rows: list[Row] = []
+        places: dict[_Job, int] = {}
+        read = False
+        for part in planned:
+            job = part.job
+            assert isinstance(job, _Job)
+            parts.append((job, part))
+            stop = part.start + part.count - part.drafted
+            guesses, latest = job.draft[: part.drafted], None
+            job.draft = []
+            if part.start >= len(job.tokens):
+                assert before is not None and before.tokens is not None
+                place = before.places[job]
+                tokens[job.sequence] = Sampled(before.tokens, place)
+                if job.chooser.processors:
+                    latest = before.tokens[place : place + 1]
+            else:
+                tokens[job.sequence] = job.tokens[part.start : stop] + guesses
+            read = read or part.count > 1
+            if part.start < job.prompt:
+                self.stats.prompt_rows += part.count
+            if part.samples:
+                places[job] = len(rows)
+                sampling.append((job, part, len(rows), guesses))
+                first = part.count - part.drafted - 1
+                wanted[job.sequence] = list(range(first, part.count))
+                rows += [Row(job.chooser, job.tokens, latest)] * (1 + part.drafted)
+        logits = cache.step(tokens, logit_rows=wanted)
+        for job, part in parts:
+            known = min(part.start + part.count, len(job.tokens))
+            self._store.name(job.sequence, job.tokens, known)
+        self.stats.rows += sum(part.count for part in planned)
+        arrays = cache.arrays(states=read)
+        if not sampling:
+            return _Flight(parts, sampling, places, None, None, None, arrays)
+        sampled, logprobs = choose(logits, rows)
+        arrays.append(sampled)
+        kept = chosen = None
+        if any(job.request.logprobs for job, *_ in sampling):
+            kept = logprobs
+            chosen = mx.take_along_axis(logprobs, sampled[:, None], axis=-1)[:, 0]
+            chosen = chosen.astype(mx.float32)
+            arrays += [kept, chosen]
+        for job, *_ in sampling:
+            job.pending += 1
+        return _Flight(parts, sampling, places, sampled, kept, chosen, arrays)
+
+    def _land(self, flight: _Flight, result: Step) -> None:
+        """Wait for a step and take its tokens."""
+        began = time.perf_counter()
+        if flight.tokens is None:
+            # Not by the pools: the next step's writes have replaced them in the meantime.
+            if not self._overlap:
+                mx.synchronize()
+            values: list[int] = []
+        else:
+            values = flight.tokens.tolist()  # type: ignore[assignment]
+        chosen = None if flight.chosen is None else flight.chosen.tolist()
+        self.stats.waited += time.perf_counter() - began
+        now = time.perf_counter()
+        for job, part in flight.parts:
+            if not job.done and part.start < job.prompt:
+                done = min(part.start + part.count, job.prompt)
+                result.progress.append(Progress(job.name, done, job.prompt, False))
+        for job, part, first, guesses in flight.sampling:
+            job.pending -= 1
+            if job.done or job.last is not None:
+                continue
+            count = 0
+            for row, guess in enumerate([*guesses, None]):
+                token = values[first + row]
+                count += 1
+                event = self._event(job, token, flight, first + row, chosen)
+                if event.finish_reason is None:
+                    result.tokens.append(event)
+                else:
+                    job.last = event
+                    break
+                if token != guess:
+                    break
+            self._timed(job, now, count)
+            if guesses:
+                self.stats.drafted += len(guesses)
+                self.stats.accepted += count - 1
+                self._cut_back(job, part.start + part.count - part.drafted + count - 1)
+        for job in [j for j in self._jobs.values() if j.last is not None]:
+            self._close(job, result)
+
+    def _event(self, job: _Job, token: int, flight: _Flight, row: int, chosen: Any) -> Token:
+        job.tokens.append(token)
+        job.generated += 1
+        self.stats.tokens += 1
+        reason: FinishReason | None = None
+        allowed = job.limit - job.request.keep
+        if job.generated >= job.request.max_tokens or len(job.tokens) >= allowed:
+            reason = "length"
+        if job.matcher is not None and job.matcher.advance(token):
+            reason = "stop"
+        if not job.request.logprobs or flight.logprobs is None:
+            return Token(job.name, token, reason)
+        return Token(job.name, token, reason, flight.logprobs[row], chosen[row])
+
+    def _close(self, job: _Job, result: Step) -> None:
+        """Give the last token, unless its row is still wanted and not computed yet."""
+        event = job.last
+        assert event is not None
+        if job.request.keep:
+            if job.computed < len(job.tokens) or job.sequence < 0:
+                return
+            caches, tokens = self._extract(job)
+            event = event._replace(caches=caches, tokens=tokens)
+        result.tokens.append(event)
+        self.stats.finished += 1
+        if self._observer is not None:
+            self._observer.finished(str(event.finish_reason))
+        self._end(job)
+
+    def _end(self, job: _Job) -> None:
+        job.done = True
+        del self._jobs[job.name]
+        if self._drafter is not None:
+            self._drafter.forget(job.name)
+        if self._scheduler is None or self._store is None or job in self._early:
+            self._early.remove(job)
+            return
+        if job.sequence >= 0:
+            known = min(job.computed, len(job.tokens), self._store.cache.length(job.sequence))
+            self._store.name(job.sequence, job.tokens, known, ending=True)
+        self._scheduler.remove(job)
+
+    def _report(self, result: Step, following: _Flight | None) -> None:
+        """Requests that have reached a boundary, as soon as nothing of them is under way."""
+        busy = {job for job, _ in following.parts} if following is not None else set()
+        if self._drafter is not None:
+            busy = set()
+        for job in self._jobs.values():
+            if job.stops and job.computed == job.stops[0] and job not in busy:
+                result.progress.append(Progress(job.name, job.computed, job.prompt, True))
+
+    def _resume(self) -> None:
+        """Requests at a boundary that was reported go on."""
+        busy = {job for job, _ in self._flight.parts} if self._flight is not None else set()
+        for job in self._jobs.values():
+            if job.stops and job.computed == job.stops[0] and job not in busy:
+                job.stops.pop(0)
+
+    def _timed(self, job: _Job, now: float, count: int) -> None:
+        if self._observer is None:
+            return
+        if job.generated == count:
+            self._observer.first_token(now - job.arrived)
+        else:
+            self._observer.later_tokens(now - job.first, count)
+        job.first = now
+
+    # ------------------------------------------------------------------ guesses
+
+    def _draft(self, drafter: Drafter) -> None:
+        assert self._flight is None
+        running = [] if self._scheduler is None else self._scheduler.running
+        for job in running:
+            job.draft = []
+        texts = {
+            job.name: job.tokens
+            for job in running
+            if isinstance(job, _Job)
+            and not job.chooser.alone
+            and not job.nameless
+            and job.last is None
+            and job.todo == 1
+            and not job.stops
+        }
+        if not texts:
+            return
+        for name, guesses in drafter.propose(texts).items():
+            job = self._jobs[name]
+            # The last of the request's tokens is never followed by anything.
+            job.draft = guesses[: max(0, job.limit - len(job.tokens) - 1)]
+
+    def _cut_back(self, job: _Job, length: int) -> None:
+        """Forget the rows of guesses that were wrong."""
+        assert self._store is not None
+        if job.computed > length:
+            self._store.cache.truncate(job.sequence, length)
+            job.computed = length
+
+    # ---------------------------------------------------------------- the pool
+
+    @property
+    def _elastic(self) -> bool:
+        return self._num_blocks is None and self._kv_memory is None
+
+    @property
+    def _load(self) -> Load:
+        rollback = 0 if self._drafter is None else self._drafter.most + 1
+        return Load(self._max_running, self.max_rows, rollback)
+
+    def _job(self, request: Request) -> _Job:
+        if not len(request.prompt):
+            raise RuntimeRefusal("an empty prompt: expected at least one token")
+        if request.max_tokens < 1:
+            raise RuntimeRefusal(f"max_tokens: expected at least 1, got {request.max_tokens}")
+        held = 0 if request.caches is None else length_of(request.caches)
+        if request.caches is not None and not held and request.before:
+            raise RuntimeRefusal("prompt caches: they are empty, and some tokens are said to be in")
+        unknown = held - len(request.before) if held else 0
+        if unknown < 0:
+            raise RuntimeRefusal(
+                f"prompt caches: they hold {held} positions and {len(request.before)} tokens are "
+                "said to be in them"
+            )
+        tokens = [UNKNOWN] * unknown + list(request.before) + list(request.prompt)
+        return _Job(
+            tokens=tokens,
+            limit=len(tokens) + request.max_tokens + request.keep,
+            stops=[unknown + len(request.before) + at for at in request.boundaries],
+            brought=Brought(list(request.caches or ()), held) if held else None,
+            nameless=unknown > 0,
+            request=request,
+            chooser=Chooser(
+                request.sampler,
+                tuple(request.processors),
+                request.seed,
+                skipped=unknown,
+            ),
+            matcher=None if request.stop is None else request.stop.matcher(),
+            prompt=len(tokens),
+            arrived=time.perf_counter(),
+        )
+
+    def _possible(self, job: _Job) -> int:
+        """The positions that a pool made for one request would have."""
+        known, least = self._known(), len(job.tokens) + 1 + job.request.keep
+        if job.limit <= ELASTIC_POSITIONS:
+            return job.limit
+        sizes = memory.plan(known, memory.device_memory(), self._load, job.limit, least)
+        whole = sizes.get(Retention())
+        return job.limit if whole is None else whole * self._block_size
+
+    def _capacity(self) -> int:
+        assert self._store is not None
+        return self._store.most_positions()
+
+    def _known(self) -> Footprint:
+        if self._footprint is None:
+            self._footprint = memory.footprint(self.model, self._block_size, self._dtype)
+        return self._footprint
+
+    def _sizes(self, least: int) -> dict[Retention, int]:
+        """Blocks of each group of layers for what the engine was made with."""
+        known = self._known()
+        if self._num_blocks is None:
+            budget = memory.device_memory() if self._kv_memory is None else self._kv_memory
+            most = self._max_running * _context(self.model)
+            if self._elastic:
+                most = least
+            return memory.plan(known, budget, self._load, most, least)
+        if isinstance(self._num_blocks, int):
+            sizes = dict.fromkeys(known.block_bytes, self._num_blocks)
+        else:
+            sizes = dict(self._num_blocks)
+        for retention, count in sizes.items():
+            kept = retention.window or retention.chunk
+            size = self._block_size
+            needed = -(-((kept or 1) + self._load.rollback) // size) + (kept is not None)
+            if known.block_bytes[retention] and count < needed:
+                raise RuntimeRefusal(
+                    f"num_blocks: {retention} needs at least {needed} blocks of {size} positions, "
+                    f"got {count}"
+                )
+        return sizes
+
+    def _make_store(self, sizes: Mapping[Retention, int]) -> None:
+        known = self._known()
+        cache = PagedCache(
+            self.model,
+            self._block_size,
+            num_blocks=sizes,
+            dtype=self._dtype,
+            poison=self._poison,
+            shuffle_seed=self._shuffle_seed,
+            rollback=self._load.rollback,
+        )
+        jobs = [*self._early] if self._scheduler is None else list(self._scheduler.waiting)
+        if self._scheduler is not None:
+            self._preemptions += self._scheduler.preemptions
+        self._store = PagedStore(cache, reuse=self._reuse, known=known)
+        self._scheduler = Scheduler(self._store, self.max_rows, self._max_running)
+        for job in jobs:
+            self._scheduler.add(job)
+        self._early = []
+
+    def _must_grow(self) -> bool:
+        """Whether nothing runs and the pool is too small for what comes next."""
+        if not self._elastic or self._flight is not None or self._scheduler is None:
+            return False
+        scheduler = self._scheduler
+        if scheduler.running or not scheduler.waiting:
+            return False
+        return scheduler.waiting[0].limit > self._capacity()
+
+    def _grow(self) -> None:
+        jobs = self._early if self._scheduler is None else list(self._scheduler.waiting)
+        if not jobs:
+            return
+        size = self._block_size
+        least = max(-(-job.limit // size) * size for job in jobs)
+        # Long answers are rare: what a request may have at most is not put aside for all of them.
+        wanted = sum(min(job.limit, len(job.tokens) + USUAL_TOKENS) + size for job in jobs)
+        budget = memory.device_memory()
+        self._store = None  # its memory is free from here on
+        wanted = max(least, min(wanted, ELASTIC_POSITIONS * 16), ELASTIC_POSITIONS)
+        sizes = memory.plan(self._known(), budget, self._load, wanted, least)
+        self._make_store(sizes)
+
+    def _extract(self, job: _Job) -> tuple[list[Any], list[int]]:
+        assert self._store is not None
+        length = self._store.cache.length(job.sequence)
+        return extract(self._store.cache, job.sequence), job.tokens[:length]
+
+
+def _context(model: Any) -> int:
+    """The longest text that a model was made for, as far as its config says."""
+    args = getattr(model, "args", None)
+    found = getattr(args, "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else 1 << 17

@@ -1,0 +1,161 @@
+"""Prompt caches of mlx_lm from the blocks of a sequence, and sequences from prompt caches."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_lm.models import cache as upstream
+from mlxrewrite.kernels import ops
+from mlxrewrite.kernels.ops import Ragged
+
+from .blocks import BlockTable
+from .cache import PagedCache
+from .caches import Spec
+from .errors import RuntimeRefusal
+from .memory import Footprint
+from .views import Leaf
+
+_PLAIN = (upstream.KVCache, upstream.ConcatenateKVCache)
+_KNOWN = (*_PLAIN, upstream.RotatingKVCache, upstream.ChunkedKVCache)
+
+
+def extract(cache: PagedCache, sequence: int) -> list[Any]:
+    """The caches that the original model would have after the sequence's positions; evaluated."""
+    tables, length = cache.tables(sequence), cache.length(sequence)
+    originals: list[Any] = []  # of mixers that run once per sequence; made when one is asked for
+
+    def own(path: tuple[int, ...]) -> Any:
+        if not originals:
+            originals.extend(cache.originals_of(sequence))
+        return copy.deepcopy(_at(originals, path))
+
+    def made(spec: Spec | None, path: tuple[int, ...]) -> Any:
+        leaf = cache.leaves.get(path)
+        if leaf is not None and leaf.pool.made and length:
+            return _from_blocks(cache, leaf, tables[leaf.group], length)
+        if spec is not None and spec.parts:
+            parts = [made(part, (*path, i)) for i, part in enumerate(spec.parts)]
+            return upstream.CacheList(*parts)
+        return own(path)
+
+    found = [made(spec, (entry,)) for entry, spec in enumerate(cache.specs)]
+    mx.eval([_arrays(entry) for entry in found])
+    return found
+
+
+def length_of(caches: Sequence[Any]) -> int:
+    """How many positions prompt caches hold; 0 for fresh ones."""
+    offsets = [
+        int(entry.offset)
+        for entry in _flat(caches)
+        if isinstance(getattr(entry, "offset", 0), int) and hasattr(entry, "offset")
+    ]
+    return max(offsets, default=0)
+
+
+def restore(cache: PagedCache, footprint: Footprint, caches: Sequence[Any], length: int) -> int:
+    """A new sequence that begins with what prompt caches hold: `length` positions.
+
+    The caches stay as they are. Raises OutOfBlocks, and changes nothing, if there is no room;
+    RuntimeRefusal for a kind of cache that has no keys to copy.
+    """
+    if len(caches) != len(cache.specs):
+        raise RuntimeRefusal(
+            f"prompt caches: expected {len(cache.specs)} entries for this model, got {len(caches)}"
+        )
+    paged = {path: _at(caches, path) for path in sorted(footprint.entries)}
+    for path, entry in paged.items():
+        if not isinstance(entry, _KNOWN):
+            raise RuntimeRefusal(
+                f"prompt cache entry {path[0]} is a {type(entry).__name__}: expected one that "
+                "make_prompt_cache makes"
+            )
+        if int(entry.offset) != length:
+            raise RuntimeRefusal(
+                f"prompt cache entry {path[0]} has {entry.offset} positions, expected {length}"
+            )
+    sequence = cache.begin(length)
+    cache.open_step()
+    for path, entry in paged.items():
+        leaf = cache.leaves[path]
+        _to_blocks(cache, leaf, cache.tables(sequence)[leaf.group], entry, length)
+    if not footprint.everything:
+        cache.set_originals(sequence, [copy.deepcopy(entry) for entry in caches])
+    return sequence
+
+
+def _from_blocks(cache: PagedCache, leaf: Leaf, table: BlockTable, length: int) -> Any:
+    size, spec = cache.block_size, leaf.spec
+    kept = leaf.retention.window or leaf.retention.chunk
+    first = table.dropped * size
+    low = first if kept is None else max(first, length - kept)
+    pool, dtype = leaf.pool.pool, leaf.pool.rows_dtype
+    if pool.value_dim is None:
+        raise RuntimeRefusal("a cache without values of its own cannot be taken out of its blocks")
+    if low < length:
+        ragged = Ragged.build([1], [length], [table.blocks], size, [table.dropped])
+        keys, values, leaf.pool.pool = ops.gather(pool, ragged, 0, low)
+        assert values is not None
+        keys, values = keys.astype(dtype), values.astype(dtype)
+    else:  # a new chunk begins: nothing of the ones before it is left
+        keys = mx.zeros((1, pool.kv_heads, 0, pool.key_dim), dtype)
+        values = mx.zeros((1, pool.kv_heads, 0, pool.value_dim), dtype)
+    found = spec.original()
+    if isinstance(found, upstream.RotatingKVCache):
+        # What no later row sees is not kept. The oldest position of a full window is such: the
+        # next one takes its place before anything is read.
+        missing = min(length, found.max_size) - keys.shape[2]
+        if missing:
+            keys, values = _behind(keys, missing), _behind(values, missing)
+        found._idx = keys.shape[2]
+    elif isinstance(found, upstream.ChunkedKVCache):
+        found.start_position = low
+    found.keys, found.values, found.offset = keys, values, length
+    return found
+
+
+def _behind(rows: mx.array, count: int) -> mx.array:
+    return mx.pad(rows, [(0, 0), (0, 0), (count, 0), (0, 0)])
+
+
+def _to_blocks(cache: PagedCache, leaf: Leaf, table: BlockTable, entry: Any, length: int) -> None:
+    keys, values = entry.keys, entry.values
+    if isinstance(entry, upstream.RotatingKVCache):
+        keys, values = entry._temporal_order(keys), entry._temporal_order(values)
+    else:
+        used = length - getattr(entry, "start_position", 0)
+        keys, values = keys[..., :used, :], values[..., :used, :]
+    if keys.shape[0] != 1:
+        raise RuntimeRefusal(f"prompt caches: expected one sequence, got {keys.shape[0]}")
+    count = min(keys.shape[2], length - table.dropped * cache.block_size)
+    if count < min(length, length - leaf.retention.first_needed(length)):
+        raise RuntimeRefusal(f"a prompt cache lacks positions that a window of {leaf.spec} sees")
+    if count == 0:
+        return
+    ragged = Ragged.build([count], [length], [table.blocks], cache.block_size, [table.dropped])
+    keys, values = (rows[..., -count:, :].transpose(2, 1, 0, 3) for rows in (keys, values))
+    leaf.pool.write(keys, values, ragged, cache.serial)
+
+
+def _at(caches: Sequence[Any], path: tuple[int, ...]) -> Any:
+    found = caches[path[0]]
+    for index in path[1:]:
+        found = found[index]
+    return found
+
+
+def _flat(caches: Sequence[Any]) -> list[Any]:
+    found = []
+    for entry in caches:
+        found += _flat(entry.caches) if isinstance(entry, upstream.CacheList) else [entry]
+    return found
+
+
+def _arrays(entry: Any) -> list[mx.array]:
+    if entry is None or (hasattr(entry, "empty") and entry.empty()):
+        return []
+    return [value for _, value in tree_flatten(entry.state) if isinstance(value, mx.array)]

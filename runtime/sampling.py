@@ -1,0 +1,114 @@
+"""The next token of each row: samplers, logits processors and seeds of single requests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import mlx.core as mx
+from mlx_lm.models.cache import TokenBuffer
+from mlx_lm.sample_utils import greedy_sampler
+
+Sampler = Callable[[mx.array], mx.array]
+LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
+
+
+@dataclass(slots=True, eq=False)
+class Chooser:
+    """How one request's tokens are chosen, and what that depends on.
+
+    `sampler` maps log-probabilities [n, V] to tokens [n]; requests with the same one are sampled in
+    one call. `processors` change the logits [1, V] given all tokens so far. With `seed` the draws
+    are those that mlx_lm makes after `mx.random.seed(seed)`, whoever else runs.
+    """
+
+    sampler: Sampler = greedy_sampler
+    processors: tuple[LogitsProcessor, ...] = ()
+    seed: int | None = None
+    skipped: int = 0  # tokens at the front that are not known, and not shown to processors
+    _history: TokenBuffer | None = None
+    _seen: int = 0
+    _random: mx.array | None = field(default=None)
+
+    @property
+    def alone(self) -> bool:
+        """Whether its rows must be sampled one after the other, by themselves."""
+        return bool(self.processors) or self.seed is not None
+
+    def process(self, logits: mx.array, known: Sequence[int], latest: mx.array | None) -> mx.array:
+        """Logits [1, V] after the processors; `latest` [1] is a token that is not known yet."""
+        if not self.processors:
+            return logits
+        if self._history is None:
+            self._history = TokenBuffer(list(known[self.skipped :]))
+            self._seen = len(known)
+            history = self._history.tokens
+            if latest is not None:
+                history = self._history.update_and_fetch(latest.astype(mx.int32))
+                self._seen += 1
+        else:
+            fresh = mx.array(list(known[self._seen :]), mx.int32)
+            if latest is not None:
+                fresh = mx.concatenate([fresh, latest.astype(mx.int32)])
+            history = self._history.update_and_fetch(fresh) if fresh.size else self._history.tokens
+            self._seen += fresh.size
+        for processor in self.processors:
+            logits = processor(history, logits)
+        return logits
+
+    def draw(self, logprobs: mx.array) -> mx.array:
+        """Tokens [n] of log-probabilities [n, V]."""
+        if self.seed is None:
+            return self.sampler(logprobs)
+        # MLX has one random state, and no way to set it but a seed of 64 bits, which is the state.
+        before = _as_seed(_random_state())
+        mx.random.seed(self.seed if self._random is None else _as_seed(self._random))
+        tokens = self.sampler(logprobs)
+        self._random = _random_state()
+        mx.random.seed(before)
+        return tokens
+
+
+def _random_state() -> mx.array:
+    state: Any = mx.random.state
+    return cast(mx.array, state[0])
+
+
+def _as_seed(state: mx.array) -> int:
+    high, low = cast(list[int], state.tolist())
+    return high << 32 | low
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Row:
+    """One row of logits: whose it is, the tokens before it, and one more that is not known yet."""
+
+    chooser: Chooser
+    known: Sequence[int]
+    latest: mx.array | None = None
+
+
+def choose(logits: mx.array, rows: Sequence[Row]) -> tuple[mx.array, mx.array]:
+    """Tokens [S] and log-probabilities [S, V] from logits [S, V]."""
+    if any(row.chooser.processors for row in rows):
+        parts = [
+            row.chooser.process(logits[i : i + 1], row.known, row.latest)
+            for i, row in enumerate(rows)
+        ]
+        logits = mx.concatenate(parts)
+    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    groups: dict[object, list[int]] = {}
+    for i, row in enumerate(rows):
+        chooser = row.chooser
+        key = ("alone", i) if chooser.seed is not None else id(chooser.sampler)
+        groups.setdefault(key, []).append(i)
+    if len(groups) == 1:
+        return rows[0].chooser.draw(logprobs), logprobs
+    tokens, order = [], []
+    for places in groups.values():
+        part = logprobs[mx.array(places)] if len(places) > 1 else logprobs[places[0]][None]
+        tokens.append(rows[places[0]].chooser.draw(part))
+        order += places
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    return mx.concatenate(tokens)[mx.array(inverse)], logprobs
