@@ -29,9 +29,12 @@ def pairs() -> Pairs:
 # ------------------------------------------------------------------ random workloads
 
 
-def test_random_workloads(pairs: Pairs) -> None:
+@pytest.mark.parametrize(
+    ("first", "count"), [(0, 100), pytest.param(10_000, 300, marks=pytest.mark.slow)]
+)
+def test_random_workloads(first: int, count: int, pairs: Pairs) -> None:
     total = Outcome()
-    for seed in range(150):
+    for seed in range(first, first + count):
         total += run(seed, pairs)
     # All of it happened.
     assert total.preemptions > 5
