@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import mlx.core as mx
 from mlx import nn
 from mlx_lm import utils as upstream
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -101,8 +102,18 @@ def load_model(
     except RuntimeRefusal:
         raise
     except BROKEN as problem:
-        raise BadModel(f"{folder}: {said(problem)}") from problem
+        raise BadModel(f"{_broken_weights(folder) or folder}: {said(problem)}") from problem
     return model, config
+
+
+def _broken_weights(folder: Path) -> Path | None:
+    """The first weight file that cannot be opened."""
+    for path in sorted(folder.glob("model*.safetensors")):
+        try:
+            mx.load(str(path))
+        except BROKEN:
+            return path
+    return None
 
 
 def model_folder(path_or_repo: str | Path, revision: str | None = None) -> Path:

@@ -1,8 +1,8 @@
 #!/bin/sh
 # Rewrites the installed mlx_lm and generates text with a real model through a rewritten file.
-. "$(dirname "$0")/setup.sh" cpu
-.venv/bin/mlxrewrite -q
-.venv/bin/mlxrewrite explain llama
+set --
+. "$(dirname "$0")/setup.sh"
+.venv/bin/mlxrewrite
 .venv/bin/python examples/smollm2.py models/smollm2
 .venv/bin/mlxrewrite generate --model models/smollm2 --max-tokens 60 \
     --prompt "What is the capital of France?" \

@@ -1,12 +1,14 @@
 #!/bin/sh
 # Lint, types and tests. `scripts/test.sh --all` adds the tests marked slow.
-. "$(dirname "$0")/setup.sh" dev,runner,serve
+all=${1:-}
+set -- dev,runner,serve
+. "$(dirname "$0")/setup.sh"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/python scripts/typecheck.py
 .venv/bin/mlxrewrite -q
 .venv/bin/mlxrewrite -q --check
 .venv/bin/python -m pytest -q -n 2 -m "not slow and not metal and not cuda"
-if [ "${1:-}" = --all ]; then
+if [ "$all" = --all ]; then
     .venv/bin/python -m pytest -q -n 2 -m "slow and not metal and not cuda"
 fi

@@ -18,8 +18,8 @@ Callable_ = ast.FunctionDef
 ATTENTION = "scaled_dot_product_attention"
 _FEED_FORWARD = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "ff", "shared_mlp")
 _MIXERS = (
-    "self_attn attention attn mixer linear_attn mamba temporal_block token_mixer temporal short_conv "
-    "self_attention"
+    "self_attn attention attn mixer linear_attn mamba temporal_block token_mixer temporal "
+    "short_conv self_attention"
 ).split()
 _EMBEDDINGS = ("embed_tokens wte word_embeddings embeddings tok_embeddings embed_in wpe").split()
 _LAST_NORMS = ["norm", "ln_f", "norm_f", "final_layernorm", "final_norm", "out_norm", "model_norm"]
