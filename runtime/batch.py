@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Protocol, cast
 
@@ -28,7 +28,8 @@ class Batch:
     ids [T, 1] int32; positions [T] int32, the same array object for every layer; `rows` says which
     rows are whose; `wanted` are the S rows whose logits are wanted, `logit_rows` [S] int32 the same
     as an array, None for all rows; `ragged` holds the block metadata of each group of layers (None
-    for a group that pages nothing); `originals` the per-sequence caches; `serial` counts steps.
+    for a group that pages nothing); `originals` the per-sequence caches; `serial` counts steps;
+    `memo` is what sites work out once for all layers.
     """
 
     ids: mx.array
@@ -39,6 +40,7 @@ class Batch:
     ragged: tuple[Ragged | None, ...]
     originals: Originals
     serial: int
+    memo: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def num_rows(self) -> int:

@@ -15,12 +15,13 @@ from mlxrewrite.kernels.ops import Ragged
 from . import batch as batches
 from .batch import Batch, Sampled
 from .blocks import BlockAllocator, BlockTable
-from .caches import KVCache, Retention, Spec, is_spec
+from .caches import ArraysCache, KVCache, Retention, Spec, is_spec
 from .errors import OutOfBlocks, RuntimeRefusal, UnknownSequence
 from .pools import EntryPool
 from .rope import sequence_ends
 from .rows import Rows
-from .views import VIEWS, ForeignView, Leaf, ListView, StateView, View
+from .states import Snapshot, StateTable
+from .views import VIEWS, ForeignView, Leaf, ListView, StateLeaf, StateView, View
 
 Tokens = Sequence[int] | mx.array | Sampled
 LogitRows = Literal["last", "all"] | Mapping[int, Sequence[int]]
@@ -87,6 +88,7 @@ class PagedCache:
         self._groups: list[_Group] = []
         self._state_entries = False
         self._leaves: dict[tuple[int, ...], Leaf] = {}
+        self._states: dict[tuple[int, ...], StateLeaf] = {}
         for entry, spec in enumerate(self.specs):
             self._collect(spec, entry, ())
         self._sequences: dict[int, _Sequence] = {}
@@ -107,6 +109,8 @@ class PagedCache:
         """Forget a sequence and give its blocks back."""
         state = self._find(sequence)
         del self._sequences[sequence]
+        for leaf in self._states.values():
+            leaf.table.free(sequence)
         for group, table in zip(self._groups, state.tables, strict=True):
             # The last first: of blocks kept for their content, a sequence's first outlive the rest.
             self._release(group, table.blocks[::-1])
@@ -134,13 +138,19 @@ class PagedCache:
         self._sequences[name] = _Sequence(tables, length)
         return name
 
-    def adopt(self, tables: Sequence[BlockTable], length: int) -> int:
+    def adopt(
+        self, tables: Sequence[BlockTable], length: int, snapshot: Snapshot | None = None
+    ) -> int:
         """A new sequence that begins with the first `length` positions of others, in their blocks.
 
         `tables` has one entry for each group of layers. Whole blocks are shared, a last one that
-        is only partly wanted is copied. Raises OutOfBlocks, and changes nothing, if the copy has
-        no place.
+        is only partly wanted is copied. `snapshot` has the states after these positions, where
+        mixers keep any. Raises OutOfBlocks, and changes nothing, if the copy has no place.
         """
+        if snapshot is not None and snapshot.length != length:
+            raise RuntimeRefusal(
+                f"adopt: a snapshot after {snapshot.length} positions for a sequence of {length}"
+            )
         partial = length % self.block_size != 0
         for group, table in zip(self._groups, tables, strict=True):
             group.allocator.share(table.blocks)
@@ -160,7 +170,40 @@ class PagedCache:
         name = self._next_id
         self._next_id += 1
         self._sequences[name] = _Sequence(mine, length)
+        if snapshot is not None:
+            for held, states in zip(self._states.values(), snapshot.states, strict=True):
+                held.table.restore(name, states)
         return name
+
+    def snapshot(self, sequence: int) -> Snapshot:
+        """Copies of a sequence's states as they are after its positions so far.
+
+        With the blocks of those positions they make a sequence that goes on from there: `adopt`.
+        The copies are being computed; nothing has to wait for them. Raises RuntimeRefusal where
+        mixers that run once per sequence keep anything.
+        """
+        state = self._find(sequence)
+        if not self.snapshots_suffice:
+            raise RuntimeRefusal(
+                "snapshot: a mixer that runs once per sequence keeps its own state"
+            )
+        states = tuple(leaf.table.snapshot(sequence) for leaf in self._states.values())
+        made = [array for entry in states for array in entry if array is not None]
+        mx.async_eval(made)  # type: ignore[no-untyped-call]
+        return Snapshot(state.length, states)
+
+    @property
+    def snapshots_suffice(self) -> bool:
+        """Whether blocks and a snapshot hold all that a sequence has; False before any step."""
+        own = any(leaf.per_sequence for leaf in self._leaves.values())
+        own = own or any(leaf.per_sequence for leaf in self._states.values())
+        unknown = any(spec is None for spec in self.specs)
+        return not own and not unknown and self._serial > 0
+
+    @property
+    def states(self) -> Mapping[tuple[int, ...], StateLeaf]:
+        """The entries of states, by index and path in the cache list."""
+        return self._states
 
     def reserve(self, sequence: int, count: int) -> int:
         """Give a sequence places for up to `count` more positions; returns for how many."""
@@ -285,6 +328,7 @@ class PagedCache:
         when logits are evaluated, which need all of it but the newest.
         """
         found = [a for leaf in self._leaves.values() for a in leaf.pool.arrays()]
+        found += [a for state in self._states.values() for a in state.table.arrays()]
         if not states:
             return found
         for state in self._sequences.values():
@@ -299,6 +343,8 @@ class PagedCache:
         if spec is None:
             self._state_entries = True
             return
+        if isinstance(spec, ArraysCache):
+            self._states[(entry, *path)] = StateLeaf(StateTable(spec.size))
         for index, part in enumerate(spec.parts):
             self._collect(part, entry, (*path, index))
         retention = spec.retention
@@ -427,7 +473,7 @@ class PagedCache:
                 self._view(part, batch, entry, (*path, i)) for i, part in enumerate(spec.parts)
             )
             return ListView(spec, batch, entry, path, parts)
-        return StateView(spec, batch, entry, path)
+        return StateView(spec, self._states[(entry, *path)], batch, entry, path)
 
     def _commit(self, rows: tuple[Rows, ...]) -> None:
         for part in rows:

@@ -17,7 +17,7 @@ from .cache import PagedCache
 from .caches import Spec
 from .errors import RuntimeRefusal
 from .memory import Footprint
-from .views import Leaf
+from .views import Leaf, StateLeaf
 
 _PLAIN = (upstream.KVCache, upstream.ConcatenateKVCache)
 _KNOWN = (*_PLAIN, upstream.RotatingKVCache, upstream.ChunkedKVCache)
@@ -37,6 +37,9 @@ def extract(cache: PagedCache, sequence: int) -> list[Any]:
         leaf = cache.leaves.get(path)
         if leaf is not None and leaf.pool.made and length:
             return _from_blocks(cache, leaf, tables[leaf.group], length)
+        slots = cache.states.get(path)
+        if slots is not None and any(shape is not None for shape in slots.table.holds(sequence)):
+            return _from_slots(slots, sequence)
         if spec is not None and spec.parts:
             parts = [made(part, (*path, i)) for i, part in enumerate(spec.parts)]
             return upstream.CacheList(*parts)
@@ -83,9 +86,29 @@ def restore(cache: PagedCache, footprint: Footprint, caches: Sequence[Any], leng
     for path, entry in paged.items():
         leaf = cache.leaves[path]
         _to_blocks(cache, leaf, cache.tables(sequence)[leaf.group], entry, length)
-    if not footprint.everything:
+    for path in sorted(footprint.states):
+        cache.states[path].table.restore(sequence, _at(caches, path).cache)
+    known = {*footprint.entries, *footprint.states}
+    if not footprint.everything and not _all_known(cache.specs, known):
         cache.set_originals(sequence, [copy.deepcopy(entry) for entry in caches])
     return sequence
+
+
+def _all_known(specs: Sequence[Spec | None], known: set[tuple[int, ...]]) -> bool:
+    """Whether no entry is left that a mixer keeps once per sequence."""
+
+    def covered(spec: Spec | None, path: tuple[int, ...]) -> bool:
+        if spec is None or not spec.parts:
+            return path in known
+        return all(covered(part, (*path, i)) for i, part in enumerate(spec.parts))
+
+    return all(covered(spec, (entry,)) for entry, spec in enumerate(specs))
+
+
+def _from_slots(leaf: StateLeaf, sequence: int) -> Any:
+    found = upstream.ArraysCache(leaf.table.size)
+    found.cache = list(leaf.table.snapshot(sequence))
+    return found
 
 
 def _from_blocks(cache: PagedCache, leaf: Leaf, table: BlockTable, length: int) -> Any:

@@ -22,13 +22,16 @@ class Footprint:
     """What a model keeps in blocks: bytes of one block of all layers of each group.
 
     A group that pages nothing costs nothing. `entries` are the cache entries that are paged, by
-    index and path; `everything` says that there are no others.
+    index and path, `states` those with a slot for each sequence, of `state_bytes` together;
+    `everything` says that there are no others than paged ones.
     """
 
     block_size: int
     block_bytes: Mapping[Retention, int]
     entries: frozenset[tuple[int, ...]]
     everything: bool
+    states: frozenset[tuple[int, ...]] = frozenset()
+    state_bytes: int = 0
 
 
 def footprint(model: object, block_size: int, dtype: mx.Dtype | None = None) -> Footprint:
@@ -40,7 +43,10 @@ def footprint(model: object, block_size: int, dtype: mx.Dtype | None = None) -> 
     for _, leaf in made:
         costs[leaf.retention] += leaf.pool.pool.nbytes // leaf.pool.pool.num_blocks
     entries = frozenset(key for key, _ in made)
-    return Footprint(block_size, costs, entries, cache.pages_everything)
+    slots = {key: leaf for key, leaf in cache.states.items() if leaf.table.used}
+    size = sum(array.nbytes for leaf in slots.values() for array in leaf.table.arrays())
+    everything = cache.pages_everything
+    return Footprint(block_size, costs, entries, everything, frozenset(slots), size)
 
 
 def device_memory() -> int:
@@ -97,6 +103,7 @@ def plan(print_: Footprint, memory: int, load: Load, most: int, least: int) -> d
 
     Raises RuntimeRefusal, with the numbers, if not even `least` positions fit.
     """
+    memory -= print_.state_bytes * load.running
     needed = bytes_of(print_, blocks_for(print_, least, load))
     if needed > memory:
         raise RuntimeRefusal(

@@ -18,7 +18,7 @@ from mlx_lm.models import base as upstream
 from .batch import Batch
 from .masks import MaskSpec
 from .rows import Rows
-from .views import Handle, ListView, PagedView, View
+from .views import Handle, ListView, PagedView, StateView, View
 
 _Method = Callable[..., Any]
 
@@ -35,7 +35,7 @@ def per_sequence(method: _Method) -> _Method:
 
     @functools.wraps(method)
     def run(*args: Any, **kwargs: Any) -> Any:
-        views = tuple(_views((args[1:], kwargs)))
+        views = tuple(find_views((args[1:], kwargs)))
         if not views:
             return method(*args, **kwargs)
         batch = views[0].batch
@@ -57,7 +57,7 @@ def per_sequence_model(method: _Method) -> _Method:
 
     @functools.wraps(method)
     def run(*args: Any, **kwargs: Any) -> Any:
-        views = tuple(_views((args[1:], kwargs)))
+        views = tuple(find_views((args[1:], kwargs)))
         if not views:
             return method(*args, **kwargs)
         batch = views[0].batch
@@ -75,15 +75,16 @@ def per_sequence_model(method: _Method) -> _Method:
     return run
 
 
-def _views(value: Any) -> Iterator[View]:
+def find_views(value: Any) -> Iterator[View]:
+    """The views among arguments."""
     if isinstance(value, View):
         yield value
     elif isinstance(value, list | tuple):
         for part in value:
-            yield from _views(part)
+            yield from find_views(part)
     elif isinstance(value, dict):
         for part in value.values():
-            yield from _views(part)
+            yield from find_views(part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +169,13 @@ def _claim(view: View) -> None:
             raise TypeError(
                 f"{view!r} is paged by one layer and used once per sequence by another: the keys "
                 "would be in two places"
+            )
+        view.leaf.per_sequence = True
+    elif isinstance(view, StateView):
+        if view.leaf.table.used:
+            raise TypeError(
+                f"{view!r} is kept for a batch by one layer and once per sequence by another: the "
+                "state would be in two places"
             )
         view.leaf.per_sequence = True
     elif isinstance(view, ListView):

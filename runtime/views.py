@@ -13,6 +13,7 @@ from .caches import Retention, Spec
 from .masks import MaskSpec
 from .opaque import Opaque
 from .pools import EntryPool
+from .states import StateTable
 
 
 @dataclass(slots=True, eq=False)
@@ -30,6 +31,14 @@ class Leaf:
     entry: int
     path: tuple[int, ...]
     pool: EntryPool
+    per_sequence: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class StateLeaf:
+    """One entry of states of the cache list, for the life of a `PagedCache`."""
+
+    table: StateTable
     per_sequence: bool = False
 
 
@@ -146,9 +155,25 @@ class ChunkedView(PagedView):
 
 
 class StateView(View):
-    """State that belongs to a mixer that runs once per sequence."""
+    """State of a mixer that runs once per sequence, or once per length."""
 
-    __slots__ = ()
+    __slots__ = ("leaf",)
+
+    def __init__(
+        self, spec: Spec, leaf: StateLeaf, batch: Batch, entry: int, path: tuple[int, ...]
+    ) -> None:
+        super().__init__(spec, batch, entry, path)
+        self.leaf = leaf
+
+    @property
+    def table(self) -> StateTable:
+        """The states of all sequences. Raises TypeError where they are kept per sequence."""
+        if self.leaf.per_sequence:
+            raise TypeError(
+                f"{self!r} is kept once per sequence by one layer and for a batch by another: the "
+                "state would be in two places"
+            )
+        return self.leaf.table
 
     def make_mask(
         self, N: int, window_size: int | None = None, return_array: bool = False
@@ -159,8 +184,8 @@ class StateView(View):
 
     def __getitem__(self, index: int) -> NoReturn:
         raise TypeError(
-            f"state {index} of cache entry {self.entry} belongs to one sequence: its mixer must be "
-            "marked `per_sequence`"
+            f"state {index} of cache entry {self.entry} belongs to sequences: its mixer must be "
+            "marked `per_length` or `per_sequence`"
         )
 
     def __setitem__(self, index: int, value: object) -> None:

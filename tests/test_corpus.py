@@ -82,7 +82,7 @@ def test_untouched_lines_are_verbatim_and_in_order(corpus):
 def test_no_line_of_a_generated_file_is_unexplained(corpus):
     """What a generated file has beyond its source is an import, a site or its comment."""
     package = mlx_lm()
-    marks = ("mlxrewrite", "paged_", "last_rows(", "sequence_mask(", "@per_s", "row_positions(",
+    marks = ("mlxrewrite", "paged_", "last_rows(", "sequence_mask(", "@per_", "row_positions(",
              "chunked_mask(", "mlx_lm.", "# Code generated", "# mlx-lm ", "from .", "keys = keys",
              "values = values", "tiled_heads", "), cache)")  # fmt: skip
     for name, item in corpus.items():

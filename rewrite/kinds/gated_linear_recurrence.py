@@ -3,14 +3,14 @@
 Matches     a class with a causal convolution and a scan over tokens whose input is scaled by
             sqrt(1 - a^2). Griffin, arXiv 2402.19427, section 2.4.
 Refuses     scans without that normaliser (selective_scan).
-Becomes     the original code, once per sequence.
+Becomes     the original code, once for all sequences with equally many rows.
 """
 
 from __future__ import annotations
 
 from ..ir import Match, Miss
 from ..match import Mixer
-from ..per_sequence import per_sequence
+from ..per_length import per_length
 from ..states import Reach
 from . import Counter, Example
 from .selective_scan import _SCAN
@@ -27,14 +27,14 @@ def match(mixer: Mixer) -> Match | Miss:
     if not reach.complement_roots():
         return Miss(NAME, 2, "the sqrt(1 - a^2) normaliser")
     evidence = [mixer.evidence("state stored", effect) for effect in mixer.state_stores]
-    return per_sequence(mixer, NAME, evidence)
+    return per_length(mixer, NAME, evidence)
 
 
 ACCEPTS = (
     Example(
         "Mix",
         _SCAN.replace("+ x[:, t]", "+ mx.sqrt(1 - decay[:, t] ** 2) * x[:, t]"),
-        "per-sequence",
+        "gathered",
     ),
 )
 REJECTS = (Counter("Mix", _SCAN, "selective_scan"),)

@@ -3,14 +3,14 @@
 Matches     a class that keeps the tail of the token ids in a cache and looks up embeddings of
             them joined. LongCat-Flash n-gram embeddings.
 Refuses     state of hidden values (token_shift_mixing, short_conv).
-Becomes     the original code, once per sequence.
+Becomes     the original code, once for all sequences with equally many rows.
 """
 
 from __future__ import annotations
 
 from ..ir import Match, Miss
 from ..match import Mixer
-from ..per_sequence import per_sequence
+from ..per_length import per_length
 from ..states import Reach
 from . import Counter, Example
 
@@ -28,7 +28,7 @@ def match(mixer: Mixer) -> Match | Miss:
     if not reach.joins_state():
         return Miss(NAME, 2, "the ids kept joined with the new ones")
     evidence = [mixer.evidence("state stored", effect) for effect in mixer.state_stores]
-    return per_sequence(mixer, NAME, evidence)
+    return per_length(mixer, NAME, evidence)
 
 
 _IDS = """
@@ -46,5 +46,5 @@ class Mix(nn.Module):
         return self.table(history[..., 1:] * 31 + history[..., :-1])
 """
 
-ACCEPTS = (Example("Mix", _IDS, "per-sequence"),)
+ACCEPTS = (Example("Mix", _IDS, "gathered"),)
 REJECTS = (Counter("Mix", _IDS.replace("self.table(", "abs("), None),)

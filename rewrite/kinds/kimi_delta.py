@@ -3,14 +3,14 @@
 Matches     a class that updates a matrix state with the gated delta rule where the gate has the
             shape of the keys. Kimi Linear, arXiv 2510.26692, section 3.
 Refuses     one gate per head (gated_delta).
-Becomes     the original code, once per sequence.
+Becomes     the original code, once for all sequences with equally many rows.
 """
 
 from __future__ import annotations
 
 from ..ir import Match, Miss
 from ..match import Mixer
-from ..per_sequence import per_sequence
+from ..per_length import per_length
 from ..states import delta_gate_is_per_channel, delta_updates
 from . import Counter, Example
 from .gated_delta import _DELTA
@@ -28,12 +28,10 @@ def match(mixer: Mixer) -> Match | Miss:
         return Miss(NAME, 2, "one gate per key channel", mixer.place(updates[0]))
     evidence = [mixer.evidence("delta rule, gate per channel", effect) for effect in updates]
     evidence += [mixer.evidence("state stored", effect) for effect in mixer.state_stores]
-    return per_sequence(mixer, NAME, evidence)
+    return per_length(mixer, NAME, evidence)
 
 
 ACCEPTS = (
-    Example(
-        "Mix", _DELTA.replace("k, v, a, b,", "k, v, a.reshape(B, L, 2, -1), b,"), "per-sequence"
-    ),
+    Example("Mix", _DELTA.replace("k, v, a, b,", "k, v, a.reshape(B, L, 2, -1), b,"), "gathered"),
 )
 REJECTS = (Counter("Mix", _DELTA, "gated_delta"),)

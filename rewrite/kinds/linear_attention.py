@@ -3,14 +3,14 @@
 Matches     a class that carries a state through a loop over tokens, cached, with no convolution
             and no token shift: lightning attention, gated linear attention. arXiv 2401.04658.
 Refuses     convolutions (selective_scan) and token shift (token_shift_mixing).
-Becomes     the original code, once per sequence.
+Becomes     the original code, once for all sequences with equally many rows.
 """
 
 from __future__ import annotations
 
 from ..ir import Match, Miss
 from ..match import Mixer
-from ..per_sequence import per_sequence
+from ..per_length import per_length
 from ..states import Reach
 from . import Counter, Example
 from .selective_scan import _SCAN
@@ -27,8 +27,8 @@ def match(mixer: Mixer) -> Match | Miss:
     if reach.convolutions() or reach.token_shifts():
         return Miss(NAME, 2, "no convolution and no token shift")
     evidence = [mixer.evidence("state stored", effect) for effect in mixer.state_stores]
-    return per_sequence(mixer, NAME, evidence)
+    return per_length(mixer, NAME, evidence)
 
 
-ACCEPTS = (Example("Mix", _SCAN.replace("self.conv(window)", "window"), "per-sequence"),)
+ACCEPTS = (Example("Mix", _SCAN.replace("self.conv(window)", "window"), "gathered"),)
 REJECTS = (Counter("Mix", _SCAN, "selective_scan"),)

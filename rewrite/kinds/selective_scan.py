@@ -3,14 +3,14 @@
 Matches     a class with a causal convolution and a loop over tokens that carries a state through
             `state * exp(dt * A) + dt * x * B`, both states cached. Mamba, arXiv 2312.00752.
 Refuses     gated recurrences with the sqrt(1 - a^2) input normaliser (gated_linear_recurrence).
-Becomes     the original code, once per sequence.
+Becomes     the original code, once for all sequences with equally many rows.
 """
 
 from __future__ import annotations
 
 from ..ir import Match, Miss
 from ..match import Mixer
-from ..per_sequence import per_sequence
+from ..per_length import per_length
 from ..states import Reach
 from . import Counter, Example
 
@@ -29,7 +29,7 @@ def match(mixer: Mixer) -> Match | Miss:
     if reach.complement_roots():
         return Miss(NAME, 2, "no sqrt(1 - a^2) normaliser")
     evidence = [mixer.evidence("state stored", effect) for effect in mixer.state_stores]
-    return per_sequence(mixer, NAME, evidence)
+    return per_length(mixer, NAME, evidence)
 
 
 _SCAN = """
@@ -58,7 +58,7 @@ class Mix(nn.Module):
         return y
 """
 
-ACCEPTS = (Example("Mix", _SCAN, "per-sequence"),)
+ACCEPTS = (Example("Mix", _SCAN, "gathered"),)
 REJECTS = (
     Counter(
         "Mix",

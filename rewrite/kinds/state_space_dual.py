@@ -3,14 +3,14 @@
 Matches     a class that calls mlx_lm's `ssm_update` and keeps its state, usually behind a causal
             convolution. Transformers are SSMs, arXiv 2405.21060.
 Refuses     state spaces scanned by the class itself (selective_scan).
-Becomes     the original code, once per sequence.
+Becomes     the original code, once for all sequences with equally many rows.
 """
 
 from __future__ import annotations
 
 from ..ir import Match, Miss
 from ..match import Mixer
-from ..per_sequence import per_sequence
+from ..per_length import per_length
 from . import Counter, Example
 
 NAME = "state_space_dual"
@@ -24,7 +24,7 @@ def match(mixer: Mixer) -> Match | Miss:
         return Miss(NAME, 1, "the state is stored in a cache")
     evidence = [mixer.evidence("state space update", effect) for effect in updates]
     evidence += [mixer.evidence("state stored", effect) for effect in mixer.state_stores]
-    return per_sequence(mixer, NAME, evidence)
+    return per_length(mixer, NAME, evidence)
 
 
 _SSD = """
@@ -50,5 +50,5 @@ class Mix(nn.Module):
         return y.reshape(B, L, -1)
 """
 
-ACCEPTS = (Example("Mix", _SSD, "per-sequence"),)
+ACCEPTS = (Example("Mix", _SSD, "gathered"),)
 REJECTS = (Counter("Mix", _SSD.replace("cache[0] = state", "pass"), None),)

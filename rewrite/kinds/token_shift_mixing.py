@@ -3,14 +3,14 @@
 Matches     a class that joins its cached last token with all but the last of its input, with or
             without a matrix state scanned over tokens. RWKV-7, arXiv 2503.14456.
 Refuses     convolutions (short_conv) and joins along the features.
-Becomes     the original code, once per sequence.
+Becomes     the original code, once for all sequences with equally many rows.
 """
 
 from __future__ import annotations
 
 from ..ir import Match, Miss
 from ..match import Mixer
-from ..per_sequence import per_sequence
+from ..per_length import per_length
 from ..states import Reach
 from . import Counter, Example
 
@@ -29,7 +29,7 @@ def match(mixer: Mixer) -> Match | Miss:
         return Miss(NAME, 2, "the last token joined with all but the last of the input")
     features = ("matrix state",) if reach.token_loops() else ()
     evidence = [mixer.evidence("state stored", effect) for effect in mixer.state_stores]
-    return per_sequence(mixer, NAME, evidence, features)
+    return per_length(mixer, NAME, evidence, features)
 
 
 _SHIFT = """
@@ -47,7 +47,7 @@ class Mix(nn.Module):
         return self.proj(x + before)
 """
 
-ACCEPTS = (Example("Mix", _SHIFT, "per-sequence"),)
+ACCEPTS = (Example("Mix", _SHIFT, "gathered"),)
 REJECTS = (
     Counter("Mix", _SHIFT.replace("[cache[0], x[:, :-1]], axis=1", "[cache[0], x], axis=-1"), None),
 )

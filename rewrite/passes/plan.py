@@ -30,6 +30,11 @@ CACHES = frozenset(
 _RUNTIME_CACHES = "mlxrewrite.runtime.caches"
 _CACHE_MODULE = "mlx_lm.models.cache"
 _SITES = "mlxrewrite.runtime.sites"
+_HOMES = {  # where the runtime's names are, if not among the sites
+    "initialize_rope": "mlxrewrite.runtime.rope",
+    "per_length": "mlxrewrite.runtime.per_length",
+    "delta_rule": "mlxrewrite.runtime.recurrences",
+}
 _WORST = ("kernel", "gathered", "per-sequence")
 
 
@@ -90,7 +95,7 @@ def plan(
     if own.mode == "model":
         return _whole_model_plan(program, module, own, refusals, verdicts, targets)
     edits = [edit for match in matches for edit in match.edits]
-    drivers = driver_edits(program, module, _per_sequence_classes(matches))
+    drivers = driver_edits(program, module, _undriven_classes(matches))
     edits += drivers.edits
     rows = last_rows_edit(program, module, own.entry) if own.entry is not None else None
     names = {item for match in matches for item in match.imports} | set(drivers.imports)
@@ -153,8 +158,10 @@ def _route(program: Program, own: Verdict, judgements: Judgements) -> str:
     return max(routes, key=_WORST.index) if routes else "none"
 
 
-def _per_sequence_classes(matches: Iterable[Match]) -> frozenset[str]:
-    return frozenset(match.class_name for match in matches if match.route == "per-sequence")
+def _undriven_classes(matches: Iterable[Match]) -> frozenset[str]:
+    """Classes whose methods stay as they are: the runtime hands them what they expect."""
+    whole = {"per_sequence", "per_length"}
+    return frozenset(m.class_name for m in matches if whole & {site.rule for site in m.sites})
 
 
 def _foreign_caches(program: Program, cls: ClassFacts) -> Iterable[Diagnostic]:
@@ -246,13 +253,10 @@ def _new_imports(module: ModuleFacts, names: Collection[str]) -> list[Edit]:
     source = module.source
     top = [s for s in module.module.body if isinstance(s, Import)]
     offset = source.line_end(top[-1].span.end - 1) if top else 0
-    text = ""
-    ropes = sorted(set(names) & {"initialize_rope"})
-    sites = sorted(set(names) - {"initialize_rope"})
-    if ropes:
-        text += "from mlxrewrite.runtime.rope import initialize_rope\n"
-    if sites:
-        text += f"from {_SITES} import {', '.join(sites)}\n"
+    homes: dict[str, list[str]] = {}
+    for name in sorted(names):
+        homes.setdefault(_HOMES.get(name, _SITES), []).append(name)
+    text = "".join(f"from {home} import {', '.join(homes[home])}\n" for home in sorted(homes))
     return [insert(offset, text, "import")]
 
 

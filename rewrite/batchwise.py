@@ -1,0 +1,60 @@
+"""Whether a mixer treats each sequence of an unpadded batch [N, L, ...] on its own.
+
+Mixers of mlx_lm are written for batches, and what they do along the first axis is nothing, as a
+rule. What would join sequences, or make Python depend on their values, is looked for here; a mixer
+that has any of it runs once per sequence instead.
+"""
+
+from __future__ import annotations
+
+from .ir import Value
+from .match import Mixer, callee_name, every_value
+from .states import Reach
+
+_REDUCTIONS = frozenset(
+    {
+        *("sum", "mean", "max", "min", "prod", "var", "std", "any", "all", "logsumexp", "softmax"),
+        *("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp"),
+        *("sort", "argsort", "argmax", "argmin", "argpartition", "partition", "topk"),
+    }
+)
+_TO_PYTHON = frozenset({"item", "tolist"})
+_MOVES = {"mlx.core.flatten": 1, "mlx.core.roll": 2}  # where their axis stands
+
+
+def joins_sequences(mixer: Mixer) -> Value | None:
+    """A value, in what the class's forward may run, that depends on several sequences at once."""
+    for method in Reach(mixer).methods:
+        for value in every_value(method):
+            if value.op == "call" and _joins(mixer, value):
+                return value
+    return None
+
+
+def _joins(mixer: Mixer, call: Value) -> bool:
+    callee = call.args[0]
+    name = callee_name(mixer.program, call)
+    if name in _MOVES:
+        return _over_first_axis(call, _MOVES[name])
+    if name is not None:
+        module, _, function = name.rpartition(".")
+        return module == "mlx.core" and function in _REDUCTIONS and _over_first_axis(call, 1)
+    if callee.op != "attr":
+        return False
+    if callee.data in _TO_PYTHON:
+        return True
+    return callee.data in _REDUCTIONS and _over_first_axis(call, 0)
+
+
+def _over_first_axis(call: Value, position: int) -> bool:
+    """The axis is 0, or there is none: then all axes are reduced."""
+    axis = None
+    place = 0
+    for keyword, value in zip(call.data, call.args[1:], strict=True):
+        if keyword in ("axis", "start_axis") or (keyword is None and place == position):
+            axis = value
+        place += keyword is None
+    if axis is None:
+        return True
+    parts = axis.args if axis.op in ("tuple", "list") else (axis,)
+    return any(part.op == "const" and part.data == 0 for part in parts)

@@ -1,0 +1,217 @@
+"""The route of recurrent mixers: original code, once for all sequences with equally many rows.
+
+Sequences that decode have one row each, so a decode step runs every mixer once, over all of them.
+A prompt that is read in between adds one run. Rows [T, 1, ...] become [N, L, ...] for N sequences
+of L rows, views become the states of those sequences, and results become rows again.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from . import caches
+from .batch import Batch
+from .masks import MaskSpec
+from .per_sequence import find_views
+from .states import StateTable
+from .views import StateView, View
+
+_Method = Callable[..., Any]
+
+
+class BatchedState:
+    """What a mixer gets in place of an `ArraysCache`: the states of several sequences.
+
+    Indexing gives array [N, ...], or None where the sequences are new; assigning keeps one. There
+    is no padding, so `lengths` and `left_padding` are None as in a cache that was never prepared.
+    """
+
+    __slots__ = ("_sequences", "_table")
+    lengths = None
+    left_padding = None
+
+    def __init__(self, table: StateTable, sequences: tuple[int, ...]) -> None:
+        self._table = table
+        self._sequences = sequences
+
+    def __getitem__(self, index: int) -> mx.array | None:
+        if not -self._table.size <= index < self._table.size:
+            raise IndexError(f"state {index} of {self._table.size}")
+        return self._table.read(index % self._table.size, self._sequences)
+
+    def __setitem__(self, index: int, value: mx.array) -> None:
+        if not isinstance(value, mx.array):
+            raise TypeError(f"state {index}: expected an array, got {type(value).__name__}")
+        self._table.write(index % self._table.size, self._sequences, value)
+
+    def __iter__(self) -> Iterator[mx.array | None]:
+        return (self[index] for index in range(self._table.size))
+
+    def __bool__(self) -> bool:
+        return True
+
+    def advance(self, N: int) -> None:
+        """Upstream counts padding down here; there is none."""
+
+    def make_mask(self, N: int) -> None:
+        """No row is padding."""
+
+
+caches.ArraysCache.register(BatchedState)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Group:
+    """Sequences with equally many rows, and states of the same arrays.
+
+    `rows` [N * L] are the rows of the batch in the order of `sequences`, None for all of them as
+    they are; `first` [N] are each sequence's first row and position.
+    """
+
+    sequences: tuple[int, ...]
+    length: int
+    rows: np.ndarray | None
+    first: np.ndarray
+    positions: np.ndarray
+
+
+def per_length(method: _Method) -> _Method:
+    """Run a mixer's `__call__(self, x, ...)` once for each number of rows that sequences have.
+
+    Arguments: arrays [T, 1, ...] become [N, L, ...]; per-row factors [T, 1, 1, 1] become
+    [N, 1, L, 1]; the positions become those of the first rows, [N], and integers [T] computed from
+    them the entries of those rows; views of states become `BatchedState`; masks of states become
+    None. Without a view among the arguments the method runs as it is. Results [N, L, ...], or
+    tuples or lists of them, come back as [T, 1, ...].
+    """
+
+    @functools.wraps(method)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        views = tuple(find_views((args[1:], kwargs)))
+        if not views:
+            return method(*args, **kwargs)
+        batch = views[0].batch
+        groups = groups_of(batch, views)
+        results = []
+        for group in groups:
+            gather = _Gather(batch, group)
+            results.append(method(args[0], *gather(args[1:]), **gather(kwargs)))
+        return _rows_of(results, groups, batch.num_rows, method)
+
+    return run
+
+
+def groups_of(batch: Batch, views: Sequence[View]) -> tuple[Group, ...]:
+    """The groups of a step's sequences; worked out once for all layers that agree on them."""
+    tables = [table for view in views for table in _tables(view)]
+    key = tuple(
+        (part.length, *(table.holds(part.sequence) for table in tables)) for part in batch.rows
+    )
+    found: tuple[Group, ...] | None = batch.memo.get(key)
+    if found is None:
+        found = batch.memo[key] = tuple(_grouped(batch, key))
+    return found
+
+
+def _grouped(batch: Batch, key: tuple[tuple[Any, ...], ...]) -> Iterator[Group]:
+    members: dict[tuple[Any, ...], list[int]] = {}
+    for number, kind in enumerate(key):
+        members.setdefault(kind, []).append(number)
+    for numbers in members.values():
+        parts = [batch.rows[number] for number in numbers]
+        rows = np.concatenate([np.arange(p.start, p.stop, dtype=np.int32) for p in parts])
+        yield Group(
+            sequences=tuple(part.sequence for part in parts),
+            length=parts[0].length,
+            rows=None if len(members) == 1 else rows,
+            first=np.array([part.start for part in parts], dtype=np.int32),
+            positions=np.array([part.position for part in parts], dtype=np.int32),
+        )
+
+
+def _tables(view: View) -> Iterator[StateTable]:
+    for part in getattr(view, "parts", (view,)):
+        if isinstance(part, StateView):
+            yield part.table
+        elif part is not view:
+            yield from _tables(part)
+
+
+@dataclass(frozen=True, slots=True)
+class _Gather:
+    """Turns arguments of a ragged batch into those of one group."""
+
+    batch: Batch
+    group: Group
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, mx.array):
+            return self._array(value)
+        if isinstance(value, StateView):
+            return BatchedState(value.table, self.group.sequences)
+        if isinstance(value, View):
+            raise TypeError(f"a mixer that runs once per length was given {value!r}")
+        if isinstance(value, MaskSpec):
+            return None if value.kind == "sequence" else value
+        if type(value) in (list, tuple):
+            return type(value)(self(part) for part in value)
+        if type(value) is dict:
+            return {key: self(part) for key, part in value.items()}
+        return value
+
+    def _array(self, value: mx.array) -> mx.array:
+        group, total = self.group, self.batch.num_rows
+        if value is self.batch.positions:
+            return mx.array(group.positions)
+        if value.ndim == 0 or value.shape[0] != total:
+            return value
+        count, length = len(group.sequences), group.length
+        if value.ndim == 1 and mx.issubdtype(value.dtype, mx.integer):
+            return value if group.rows is None and length == 1 else value[mx.array(group.first)]
+        if value.ndim == 1 or value.shape[1] != 1:
+            raise TypeError(
+                f"cannot tell how an array of shape {list(value.shape)} splits into sequences: "
+                f"expected [{total}, 1, ...]"
+            )
+        rows = value
+        if group.rows is not None:
+            start, stop = int(group.rows[0]), int(group.rows[-1]) + 1
+            together = stop - start == len(group.rows) and bool(np.all(np.diff(group.rows) == 1))
+            rows = value[start:stop] if together else value[mx.array(group.rows)]
+        if value.shape[1:] == (1, 1, 1):
+            return rows.reshape(count, 1, length, 1)
+        return rows.reshape(count, length, *value.shape[2:])
+
+
+def _rows_of(
+    results: list[Any], groups: tuple[Group, ...], total: int, method: Callable[..., Any]
+) -> Any:
+    first = results[0]
+    if first is None and all(result is None for result in results):
+        return None
+    if type(first) in (tuple, list):
+        columns = zip(*results, strict=True)
+        return type(first)(_rows_of(list(parts), groups, total, method) for parts in columns)
+    found = []
+    for result, group in zip(results, groups, strict=True):
+        wanted = (len(group.sequences), group.length)
+        if not isinstance(result, mx.array) or result.shape[:2] != wanted:
+            shape = list(result.shape) if isinstance(result, mx.array) else type(result).__name__
+            raise TypeError(
+                f"{method.__qualname__}: expected [{wanted[0]}, {wanted[1]}, ...] from "
+                f"{wanted[0]} sequences of {wanted[1]} rows, got {shape}"
+            )
+        found.append(result.reshape(wanted[0] * wanted[1], 1, *result.shape[2:]))
+    if len(found) == 1:
+        return found[0]
+    order = np.concatenate([group.rows for group in groups if group.rows is not None])
+    joined = mx.concatenate(found)
+    if np.array_equal(order, np.arange(total)):
+        return joined
+    return joined[mx.array(np.argsort(order).astype(np.int32))]

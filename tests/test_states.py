@@ -1,0 +1,240 @@
+"""State slots: what mixers with a recurrent state get, keep and share."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx_lm.models.cache import make_prompt_cache
+from mlxrewrite.runtime import per_length
+from mlxrewrite.runtime.cache import PagedCache
+from mlxrewrite.runtime.compare import compare, original_logits, rewritten_logits
+from mlxrewrite.runtime.errors import RuntimeRefusal
+from mlxrewrite.runtime.extract import extract, restore
+from mlxrewrite.runtime.memory import footprint
+from mlxrewrite.runtime.schedule import random_schedule
+from mlxrewrite.runtime.states import StateTable
+from mlxrewrite.runtime.verify import _models, _read
+
+CONFIGS = Path(__file__).parent / "configs"
+LENGTHS = ((9, 5), (1, 9), (8, 4), (6, 6), (2, 7), (11, 2), (3, 3), (5, 5))
+
+
+def models(name: str):
+    _, config, _ = _read(CONFIGS / f"{name}.json")
+    return _models(config, None, 0, None, None)[:2]
+
+
+def run(name: str, seed: int = 1):
+    original, rewritten = models(name)
+    schedule = random_schedule(seed, LENGTHS, 60, 7)
+    cache = PagedCache(rewritten, 4, num_blocks=60, poison=True)
+    theirs = original_logits(original, schedule, "same")
+    return compare(theirs, rewritten_logits(cache, schedule))
+
+
+# ------------------------------------------------------------------------------------- tables
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_a_table_is_a_dictionary(data):
+    """Any order of joins, leaves, snapshots and steps: every sequence finds its own state."""
+    table, known, snapshots, names = StateTable(2), {}, {}, 0
+    for step in range(data.draw(st.integers(1, 12))):
+        action = data.draw(st.sampled_from(["step", "step", "step", "free", "snapshot", "adopt"]))
+        held = sorted(known)
+        if action == "free" and held:
+            gone = data.draw(st.sampled_from(held))
+            table.free(gone)
+            del known[gone]
+        elif action == "snapshot" and held:
+            name = data.draw(st.sampled_from(held))
+            snapshots[step] = (table.snapshot(name), known[name])
+        elif action == "adopt" and snapshots:
+            states, value = snapshots[data.draw(st.sampled_from(sorted(snapshots)))]
+            table.restore(names, states)
+            known[names] = value
+            names += 1
+        else:
+            old = tuple(data.draw(st.permutations(held))[: data.draw(st.integers(0, len(held)))])
+            new = tuple(range(names, names + data.draw(st.integers(0, 2))))
+            names += len(new)
+            for group in (old, new):
+                if not group:
+                    continue
+                before = table.read(0, group)
+                assert (before is None) == (group is new)
+                if before is not None:
+                    assert before.tolist() == [[known[name]] for name in group]
+                values = [1000.0 * step + name for name in group]
+                table.write(0, group, mx.array(values)[:, None])
+                known.update(zip(group, values, strict=True))
+    for name, value in known.items():
+        assert table.read(0, (name,)).tolist() == [[value]]
+        assert table.holds(name) == ((1,), None)
+    assert len(list(table.arrays())) <= max(1, len(known))
+
+
+def test_rows_stay_where_they_are_while_the_batch_does():
+    table, states = StateTable(1), mx.arange(6).reshape(3, 2)
+    table.write(0, (4, 7, 5), states)
+    assert table.read(0, (4, 7, 5)) is states
+    table.write(0, (4, 7, 5), states + 1)
+    assert table.read(0, (7,)).tolist() == [[3, 4]]
+
+
+def test_a_sequence_that_waits_does_not_keep_the_batch_in_memory():
+    table = StateTable(1)
+    table.write(0, tuple(range(8)), mx.zeros((8, 100)))
+    table.write(0, tuple(range(7)), mx.ones((7, 100)))
+    assert sorted(array.shape[0] for array in table.arrays()) == [1, 7]
+
+
+def test_states_of_the_wrong_number_are_refused():
+    table = StateTable(1)
+    with pytest.raises(TypeError, match="one row for each sequence"):
+        table.write(0, (1, 2), mx.zeros((3, 4)))
+    table.write(0, (1,), mx.zeros((1, 4)))
+    with pytest.raises(RuntimeError, match="with and without"):
+        table.read(0, (1, 2))
+
+
+# ------------------------------------------------------------------------------------- models
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "rwkv7", "longcat_flash_ngram"])
+def test_random_batches_agree(name):
+    result = run(name)
+    assert result.within(1e-4), result
+
+
+def _another_sequence_s_slot(patch):
+    plain = StateTable.read
+
+    def read(self, index, sequences):
+        found = plain(self, index, sequences)
+        return found if found is None or len(sequences) < 2 else mx.roll(found, 1, axis=0)
+
+    patch.setattr(StateTable, "read", read)
+
+
+def _a_freed_slot_s_state_for_a_new_sequence(patch):
+    """Slots are not reset: a new sequence begins with what another one left."""
+    plain, left = StateTable.write, {}
+
+    def write(self, index, sequences, states):
+        plain(self, index, sequences, states)
+        left[id(self), index] = states[:1]
+
+    def holds(self, sequence):
+        found = [slots.get(sequence) for slots in self._slots]
+        shapes = [left.get((id(self), index)) for index in range(self.size)]
+        pairs = zip(found, shapes, strict=True)
+        arrays = [a if slot is None else slot.rows.states for slot, a in pairs]
+        return tuple(None if a is None else a.shape[1:] for a in arrays)
+
+    def read(self, index, sequences):
+        for sequence in sequences:
+            if sequence not in self._slots[index] and (id(self), index) in left:
+                plain(self, index, (sequence,), left[id(self), index])
+        return plain_read(self, index, sequences)
+
+    plain_read = StateTable.read
+    patch.setattr(StateTable, "write", write)
+    patch.setattr(StateTable, "holds", holds)
+    patch.setattr(StateTable, "read", read)
+
+
+def _convolution_state_off_by_one(patch):
+    plain = StateTable.write
+
+    def write(self, index, sequences, states):
+        plain(self, index, sequences, mx.roll(states, 1, axis=1) if index == 0 else states)
+
+    patch.setattr(StateTable, "write", write)
+
+
+def _results_in_the_order_of_groups(patch):
+    plain = per_length._rows_of
+
+    def rows_of(results, groups, total, method):
+        whole = [replace(group, rows=None) for group in groups]
+        found = [plain([r], (g,), total, method) for r, g in zip(results, whole, strict=True)]
+        return mx.concatenate(found)
+
+    patch.setattr(per_length, "_rows_of", rows_of)
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [
+        _another_sequence_s_slot,
+        _a_freed_slot_s_state_for_a_new_sequence,
+        _convolution_state_off_by_one,
+        _results_in_the_order_of_groups,
+    ],
+)
+def test_seeded_bugs_are_seen(bug, monkeypatch):
+    bug(monkeypatch)
+    assert not run("qwen3_next").within(1e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "recurrent_gemma"])
+def test_a_snapshot_goes_on_as_the_sequence_it_is_of(name):
+    original, rewritten = models(name)
+    prompt, ends = [5, 9, 3, 7, 1, 2, 8, 4], ([6, 3, 1], [9, 9, 2, 5])
+    cache = PagedCache(rewritten, 4, num_blocks=60, poison=True)
+    assert not cache.snapshots_suffice
+    first = cache.add_sequence()
+    cache.step({first: prompt})
+    assert cache.snapshots_suffice
+    snapshot = cache.snapshot(first)
+    tables = [type(t)(list(t.blocks), t.dropped) for t in cache.tables(first)]
+    assert snapshot.length == len(prompt) and snapshot.nbytes > 0
+    adopted = cache.adopt(tables, len(prompt), snapshot)
+    rows = {first: [], adopted: []}
+    for step in range(3):
+        tokens = {first: ends[0][step : step + 1], adopted: ends[1][step : step + 1]}
+        logits = np.array(cache.step(tokens))
+        for place, sequence in enumerate(rows):
+            rows[sequence].append(logits[place])
+    cache.free(first)
+    rows[adopted].append(np.array(cache.step({adopted: ends[1][3:]}))[0])
+    for sequence, end in zip(rows, ends, strict=True):
+        whole = np.array(original(mx.array([prompt + end]))[0, len(prompt) :])
+        assert np.abs(whole - np.stack(rows[sequence])).max() < 1e-4 * whole.std()
+
+
+def test_a_snapshot_of_another_length_is_refused():
+    _, rewritten = models("rwkv7")
+    cache = PagedCache(rewritten, 4, num_blocks=8)
+    sequence = cache.add_sequence()
+    with pytest.raises(RuntimeRefusal, match="keeps its own"):
+        cache.snapshot(sequence)
+    cache.step({sequence: [1, 2, 3]})
+    with pytest.raises(RuntimeRefusal, match="after 3 positions"):
+        cache.adopt(cache.tables(sequence), 2, cache.snapshot(sequence))
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "rwkv7", "falcon_h1"])
+def test_prompt_caches_go_in_and_out(name):
+    """States begin where mlx_lm's caches end, and mlx_lm goes on where they end."""
+    original, rewritten = models(name)
+    prompt, middle, end = [5, 9, 3, 7, 1], [2, 8, 4], [6, 6]
+    whole = np.array(original(mx.array([prompt + middle + end]))[0])
+    caches = make_prompt_cache(original)
+    mx.eval(original(mx.array([prompt]), cache=caches))
+    known = footprint(rewritten, 4)
+    assert known.states and known.state_bytes > 0
+    cache = PagedCache(rewritten, 4, num_blocks=8)
+    sequence = restore(cache, known, caches, len(prompt))
+    ours = np.array(cache.step({sequence: middle}, logit_rows="all"))
+    theirs = np.array(original(mx.array([end]), cache=extract(cache, sequence))[0])
+    got, start = np.concatenate([ours, theirs]), len(prompt)
+    assert np.abs(got - whole[start:]).max() < 1e-4 * whole.std()
