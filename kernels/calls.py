@@ -7,19 +7,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import mlx.core as mx
 import numpy as np
 
-from . import policy, reference
+from . import launch, policy, reference
 from .plans import DecodePlan, TiledPlan, decode_plan, row_spans, rows_of, tiled_plan
 from .pools import Pool
 from .ragged import MIN_METADATA, Ragged
 from .render import render
-from .specs import AttentionSpec, DecodeSpec, TiledSpec
+from .specs import (
+    AttentionSpec,
+    CopySpec,
+    DecodeSpec,
+    GatherSpec,
+    KernelSpec,
+    ReduceSpec,
+    TiledSpec,
+    WriteSpec,
+    supports,
+)
 
 LOG2E = 1.4426950408889634
 TOKEN = ((1,), mx.int32)
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
 def dtype_name(dtype: mx.Dtype) -> str:
@@ -118,6 +130,9 @@ def attention(
 ) -> tuple[mx.array, Pool]:
     """`ops.attention` on the routes that the policy assigns to the sequences."""
     goes = policy.assign(ragged, query.layer, band=query.band, route=route)
+    where = launch.active()
+    if where != "runner" and supports(query.layer) is None:
+        prepare(query.layer, query.band is not None, where)
     outputs, order = [], (*goes.decode, *goes.tiled, *goes.gathered)
     for serve, sequences in ((_decode, goes.decode), (_tiled, goes.tiled)):
         if sequences:
@@ -158,7 +173,7 @@ def _decode(
     key = ("decode", sequences, query.window, query.chunk, whole.tile, layer.kv_heads)
     plan = ragged.once(key, make)
     inputs = {**query.inputs(pool, ragged), "items": plan.items}
-    spec = replace(whole, partial=plan.row_items is not None)
+    spec = policy.decode_spec(layer, plan.row_items is not None)
     groups, threads = plan.num_items * layer.kv_heads, 32 * spec.simdgroups
     return _run(spec, inputs, query, pool, plan.num_items, plan, groups, threads)
 
@@ -194,7 +209,7 @@ def _tiled(
         ("spans", query.window, query.chunk), lambda: row_spans(ragged, query.window, query.chunk)
     )
     inputs = {**query.inputs(pool, ragged), "items": plan.items, "row_spans": spans}
-    spec = replace(whole, partial=plan.row_items is not None)
+    spec = policy.tiled_spec(layer, banded=band is not None, partial=plan.row_items is not None)
     groups, threads = plan.num_items * layer.kv_heads, 32 * spec.simdgroups
     return _run(spec, inputs, query, pool, plan.num_parts, plan, groups, threads)
 
@@ -262,6 +277,61 @@ def _gathered(query: Query, pool: Pool, ragged: Ragged, sequence: int) -> tuple[
         sinks=query.sinks,
     )
     return out.squeeze(2) if out.ndim == 4 else out, pool
+
+
+@cache
+def prepare(layer: AttentionSpec, banded: bool, where: launch.Backend | None) -> None:
+    """Run every kernel that may serve a layer once, on two blocks, so that MLX compiles them now
+    and none in mid-serving."""
+    del where  # kernels are compiled for each back end
+    tokens = [_prepare(spec, layer) for spec in policy.kernels(layer, banded)]
+    mx.eval(tokens)
+
+
+def _prepare(spec: KernelSpec, layer: AttentionSpec) -> list[mx.array]:
+    rows, pool = DTYPES[layer.dtype], DTYPES[layer.pool_dtype]
+    heads, kv_heads, size = layer.query_heads, layer.kv_heads, layer.block_size
+    key_dim, value_dim = layer.key_dim, layer.value_dim
+
+    def ints(*first: int) -> mx.array:
+        return mx.array([*first, *[0] * 16][:16], mx.int32).reshape(-1, 2)
+
+    dummies: dict[str, mx.array] = {
+        "queries": mx.zeros((1, heads, key_dim), rows),
+        "keys": mx.zeros((1, kv_heads, key_dim), rows),
+        "values": mx.zeros((1, kv_heads, value_dim), rows),
+        "key_pool": mx.zeros((2, size, kv_heads, key_dim), pool),
+        "value_pool": mx.zeros((2, size, kv_heads, value_dim), pool),
+        "sinks": mx.zeros((heads,), rows),
+        "settings": mx.zeros((2,), mx.float32),
+        "token_in": mx.zeros((1,), mx.int32),
+        # A tiled item has one packed row; in an item of the decode kernel 1 is never looked at.
+        "items": ints(0, 0, 1 if isinstance(spec, TiledSpec) else 0, 0, 0, 0, 0, 1),
+        "partial_values": mx.zeros((8, heads, value_dim), mx.float32),
+        "partial_stats": mx.ones((8, heads, 2), mx.float32),
+        "row_items": ints(0, 1).flatten(),
+        "pairs": ints(0, 1),
+        "lengths": mx.ones((8,), mx.int32),
+    }
+    inputs = {name: dummies.get(name, ints()) for name in spec.inputs}
+    parts = [((8, heads, value_dim), mx.float32), ((8, heads, 2), mx.float32)]
+    outputs: dict[str, tuple[tuple[int, ...], mx.Dtype]] = {
+        "output": ((1, heads, value_dim), rows),
+        "partial_values": parts[0],
+        "partial_stats": parts[1],
+        "gathered_keys": ((1, kv_heads, 1, key_dim), pool),
+        "gathered_values": ((1, kv_heads, 1, value_dim), pool),
+        "token_out": TOKEN,
+    }
+    groups, threads = 1, 32
+    if isinstance(spec, DecodeSpec | TiledSpec):
+        groups, threads = kv_heads, 32 * spec.simdgroups
+    elif isinstance(spec, ReduceSpec):
+        groups, threads = heads, 32 * spec.simdgroups
+    elif isinstance(spec, WriteSpec | GatherSpec | CopySpec):
+        threads = spec.threads
+    made = [outputs[name] for name in spec.outputs]
+    return render(spec)(inputs, made, groups=groups, threads=threads)
 
 
 def _pools(pool: Pool) -> dict[str, mx.array]:

@@ -123,7 +123,7 @@ def decode_spec(layer: AttentionSpec, partial: bool) -> DecodeSpec:
         tile=tile,
         vector=vector,
         softcap=layer.softcap,
-        sinks=layer.sinks,
+        sinks=layer.sinks and not partial,
         shared_values=layer.shared_values,
         partial=partial,
     )
@@ -150,7 +150,7 @@ def tiled_spec(layer: AttentionSpec, *, banded: bool, partial: bool) -> TiledSpe
         keep_queries=layer.key_dim <= 128,
         banded=banded,
         softcap=layer.softcap,
-        sinks=layer.sinks,
+        sinks=layer.sinks and not partial,
         shared_values=layer.shared_values,
         partial=partial,
     )
@@ -217,16 +217,18 @@ def _word(dtype: str, *sizes: int) -> int:
     return next(w for w in (8, 4, 2) if all(n * DTYPES[dtype] % w == 0 for n in sizes))
 
 
-def kernels(layer: AttentionSpec) -> tuple[KernelSpec, ...]:
-    """Every kernel that may serve a layer whose rows and pool have the types of `layer`."""
+def kernels(layer: AttentionSpec, banded: bool | None = None) -> tuple[KernelSpec, ...]:
+    """Every kernel that may serve a layer whose rows and pool have the types of `layer`; banded:
+    whether rows see a window or a chunk, None for both kinds."""
     value_dim = None if layer.shared_values else layer.value_dim
     sizes = layer.pool_dtype, layer.kv_heads, layer.key_dim, value_dim
     block = layer.block_size * layer.kv_heads
+    bands = (False, True) if banded is None else (banded,)
     return (
         write_spec(layer.dtype, *sizes),
         decode_spec(layer, False),
         decode_spec(layer, True),
-        *(tiled_spec(layer, banded=b, partial=p) for b in (False, True) for p in (False, True)),
+        *(tiled_spec(layer, banded=b, partial=p) for b in bands for p in (False, True)),
         reduce_spec(layer),
         gather_spec(*sizes),
         copy_spec(layer.pool_dtype, block * layer.key_dim, value_dim and block * value_dim),

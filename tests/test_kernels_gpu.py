@@ -1,0 +1,151 @@
+"""The kernels on a GPU, against float64, and what only a GPU can show: that writes are in place.
+
+MLXREWRITE_BACKEND=metal or cuda asks for these tests, and fails without such a device; otherwise they
+run where MLX's default device is one. On Metal they have not yet been run.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from dataclasses import replace
+
+import kernel_cases as cases
+import mlx.core as mx
+import pytest
+from kernel_cases import TOLERANCE, Case
+from mlxrewrite.kernels import launch, ops, policy
+from mlxrewrite.kernels.ops import Ragged
+
+WANTED = os.environ.get("MLXREWRITE_BACKEND")
+HERE = launch.active() if WANTED in (None, "metal", "cuda") else None
+if WANTED in ("metal", "cuda") and HERE != WANTED:
+    raise RuntimeError(f"MLXREWRITE_BACKEND is {WANTED}, but MLX's default device runs {HERE}")
+pytestmark = [
+    pytest.mark.skipif(HERE is None, reason="needs a Mac or an NVIDIA GPU"),
+    *([getattr(pytest.mark, HERE)] if HERE else [pytest.mark.metal, pytest.mark.cuda]),
+]
+
+SINGLE = {"query_lens": (1,) * 5, "context_lens": (1, 37, 200, 1000, 129)}
+MIXED = {"query_lens": (1, 5, 70, 3, 130), "context_lens": (9, 37, 170, 900, 130)}
+FEATURES = [
+    {},
+    {"window": 50},
+    {"chunk": 48},
+    {"softcap": 5.0},
+    {"sinks": True},
+    {"window": 20, "sinks": True, "softcap": 3.0},
+]
+SHAPES = [
+    {"key_dim": dim, "value_dim": dim}
+    for dim in (32, 48, 64, 80, 96, 112, 128, 160, 192, 256, 320, 512, 576)
+]
+SHAPES += [{"key_dim": 192, "value_dim": 128}, {"key_dim": 64, "value_dim": 128}]
+LATENT = {"key_dim": 576, "value_dim": 512, "kv_heads": 1, "shared_values": True}
+GROUPS = [(4, 4), (6, 2), (8, 2), (5, 1), (16, 2), (64, 8), (40, 1)]
+
+
+def check(case: Case, route: ops.Route | None = None) -> None:
+    made = cases.make(case)
+    out, _ = cases.run(made, route)
+    error = cases.error(out, cases.exact(made))
+    assert error < TOLERANCE[case.dtype], (error, case)
+
+
+@pytest.mark.parametrize("dtype", sorted(TOLERANCE))
+@pytest.mark.parametrize("lens", [SINGLE, MIXED], ids=["single", "mixed"])
+@pytest.mark.parametrize("features", FEATURES, ids=str)
+def test_features(features, lens, dtype):
+    check(Case(**lens, **features, dtype=dtype, query_heads=8), "kernel")
+
+
+@pytest.mark.parametrize("dtype", sorted(TOLERANCE))
+@pytest.mark.parametrize("shape", [*SHAPES, LATENT], ids=str)
+def test_head_dims(shape, dtype):
+    check(Case(**SINGLE, **shape, dtype=dtype), "kernel")
+    check(Case(**MIXED, **shape, dtype=dtype, seed=1), "kernel")
+
+
+@pytest.mark.parametrize("heads", GROUPS, ids=str)
+@pytest.mark.parametrize("block_size", [8, 16, 32, 64])
+def test_groups_and_blocks(heads, block_size):
+    many = {"query_heads": heads[0], "kv_heads": heads[1], "block_size": block_size}
+    check(Case(**SINGLE, **many, dtype="float16"), "kernel")
+    check(Case(**MIXED, **many, dtype="bfloat16", window=40), "kernel")
+
+
+@pytest.mark.parametrize("pair", itertools.permutations(sorted(TOLERANCE), 2), ids=str)
+def test_rows_of_another_type_than_the_pool(pair):
+    check(Case(**SINGLE, dtype=pair[0], pool_dtype=pair[1]), "kernel")
+    check(Case(**MIXED, dtype=pair[0], pool_dtype=pair[1]), "kernel")
+
+
+@pytest.mark.parametrize("dtype", sorted(TOLERANCE))
+def test_routes_agree(dtype, monkeypatch):
+    monkeypatch.setattr(policy, "GATHER_ROWS", 100)
+    case = Case(**MIXED, dtype=dtype, query_heads=8)
+    check(case)
+    for features in FEATURES:
+        check(replace(case, **features), "gathered")
+
+
+def test_copies_of_blocks():
+    made = cases.make(Case(**SINGLE, dtype="bfloat16"))
+    pool = ops.write_kv(made.keys, made.values, made.pool, made.ragged)
+    used = [block for table in made.ragged.tables for block in table]
+    free = [block for block in range(pool.num_blocks) if block not in used]
+    moved = dict(zip(made.ragged.tables[1], free, strict=False))
+    pool = ops.copy_blocks(pool, list(moved), list(moved.values()))
+    tables = [[moved.get(block, block) for block in table] for table in made.ragged.tables]
+    ragged = Ragged.build(made.case.query_lens, made.case.context_lens, tables, 16)
+    out, _ = ops.attention(made.queries, pool, ragged, scale=64**-0.5)
+    assert cases.error(out, cases.exact(made)) < TOLERANCE["bfloat16"]
+
+
+def decoding(steps: int, *, lazily: bool) -> tuple[float, int]:
+    """Decode `steps` steps over a pool of half a gigabyte without waiting for any: the largest error
+    against values known in advance, and the memory needed beyond the pool."""
+    heads, width, size, blocks = 8, 128, 16, 8192
+    pool = ops.new_pool(
+        num_blocks=blocks,
+        block_size=size,
+        kv_heads=heads,
+        key_dim=width,
+        value_dim=width,
+        dtype=mx.bfloat16,
+    )
+    mx.eval(pool.arrays())
+    mx.synchronize()
+    mx.reset_peak_memory()
+    before, outs = mx.get_active_memory(), []
+    queries = mx.zeros((4, heads, width), mx.bfloat16)
+    tables = [list(range(i * 100, i * 100 + 100)) for i in range(4)]
+    for step in range(steps):
+        # Every position holds its step's number, and all weigh alike: the mean is known.
+        rows = mx.full((4, heads, width), step, mx.bfloat16)
+        ragged = Ragged.build([1] * 4, [step + 1] * 4, tables, size)
+        pool = ops.write_kv(rows, rows, pool, ragged)
+        out, pool = ops.attention(queries, pool, ragged, scale=1.0)
+        outs.append(out[:, 0, 0])
+        if not lazily:
+            mx.async_eval(outs[-1], *pool.arrays())
+    mx.eval(outs)
+    mx.synchronize()
+    peak = mx.get_peak_memory() - before
+    wrong = max(
+        abs(float(value) - step / 2) for step, out in enumerate(outs) for value in out.tolist()
+    )
+    return wrong, peak
+
+
+@pytest.mark.parametrize("lazily", [False, True])
+def test_writes_are_in_place_and_in_order(lazily):
+    wrong, peak = decoding(200 if not lazily else 60, lazily=lazily)
+    assert wrong <= 0.5  # bfloat16 keeps 8 bits of means up to 100
+    assert peak < 64 << 20, f"{peak / 2**20:.0f} MiB beyond the pool: it was copied"
+
+
+def test_the_copying_form_is_right(monkeypatch):
+    monkeypatch.setenv("MLXREWRITE_WRITES", "copy")
+    wrong, _ = decoding(20, lazily=False)
+    assert wrong <= 0.25
