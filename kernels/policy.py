@@ -80,8 +80,7 @@ def assign(
     if lacking is not None or route == "gathered":
         return Assignment((), (), everyone)
     decode, tiled, gathered = [], [], []
-    group = layer.query_heads // layer.kv_heads
-    single = group <= DECODE_GROUP and max(layer.key_dim, layer.value_dim) <= DECODE_WIDTH
+    single = _decodes(layer)
     for i in everyone:
         length, context = ragged.query_lens[i], ragged.context_lens[i]
         if single and length < DECODE_ROWS:
@@ -91,6 +90,12 @@ def assign(
         else:
             tiled.append(i)
     return Assignment(tuple(decode), tuple(tiled), tuple(gathered))
+
+
+def _decodes(layer: AttentionSpec) -> bool:
+    """Whether the kernel for single rows has room for what a key head's queries need."""
+    group = layer.query_heads // layer.kv_heads
+    return group <= DECODE_GROUP and max(layer.key_dim, layer.value_dim) <= DECODE_WIDTH
 
 
 def _narrow(band: int | None, context: int, layer: AttentionSpec) -> bool:
@@ -226,8 +231,7 @@ def kernels(layer: AttentionSpec, banded: bool | None = None) -> tuple[KernelSpe
     bands = (False, True) if banded is None else (banded,)
     return (
         write_spec(layer.dtype, *sizes),
-        decode_spec(layer, False),
-        decode_spec(layer, True),
+        *(decode_spec(layer, p) for p in (False, True) if _decodes(layer)),
         *(tiled_spec(layer, banded=b, partial=p) for b in bands for p in (False, True)),
         reduce_spec(layer),
         gather_spec(*sizes),

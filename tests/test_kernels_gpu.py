@@ -1,7 +1,7 @@
 """The kernels on a GPU, against float64, and what only a GPU can show: that writes are in place.
 
-MLXREWRITE_BACKEND=metal or cuda asks for these tests, and fails without such a device; otherwise they
-run where MLX's default device is one. On Metal they have not yet been run.
+MLXREWRITE_BACKEND=metal or cuda asks for these tests, and fails without such a device; otherwise
+they run where MLX's default device is one. On Metal they have not yet been run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import kernel_cases as cases
 import mlx.core as mx
 import pytest
 from kernel_cases import TOLERANCE, Case
-from mlxrewrite.kernels import launch, ops, policy
+from mlxrewrite.kernels import calls, launch, ops, policy
 from mlxrewrite.kernels.ops import Ragged
 
 WANTED = os.environ.get("MLXREWRITE_BACKEND")
@@ -43,6 +43,12 @@ SHAPES = [
 SHAPES += [{"key_dim": 192, "value_dim": 128}, {"key_dim": 64, "value_dim": 128}]
 LATENT = {"key_dim": 576, "value_dim": 512, "kv_heads": 1, "shared_values": True}
 GROUPS = [(4, 4), (6, 2), (8, 2), (5, 1), (16, 2), (64, 8), (40, 1)]
+
+
+@pytest.fixture(autouse=True)
+def only_what_is_needed(monkeypatch):
+    """Compile the kernels that a test calls, not all that its layer may come to need."""
+    monkeypatch.setattr(calls, "prepare", lambda *args: None)
 
 
 def check(case: Case, route: ops.Route | None = None) -> None:
@@ -103,8 +109,8 @@ def test_copies_of_blocks():
 
 
 def decoding(steps: int, *, lazily: bool) -> tuple[float, int]:
-    """Decode `steps` steps over a pool of half a gigabyte without waiting for any: the largest error
-    against values known in advance, and the memory needed beyond the pool."""
+    """Decode `steps` steps over a pool of half a gigabyte without waiting for any: the largest
+    error against values known in advance, and the memory needed beyond the pool."""
     heads, width, size, blocks = 8, 128, 16, 8192
     pool = ops.new_pool(
         num_blocks=blocks,
@@ -149,3 +155,11 @@ def test_the_copying_form_is_right(monkeypatch):
     monkeypatch.setenv("MLXREWRITE_WRITES", "copy")
     wrong, _ = decoding(20, lazily=False)
     assert wrong <= 0.25
+
+
+@pytest.mark.parametrize("banded", [False, True])
+def test_preparing(banded, monkeypatch):
+    monkeypatch.undo()
+    layer = ops.AttentionSpec(64, 64, 8, 2, 16, "float16", "float16", sinks=True)
+    calls.prepare(layer, banded, launch.active())
+    mx.synchronize()
