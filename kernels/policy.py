@@ -105,8 +105,6 @@ def _narrow(band: int | None, context: int, layer: AttentionSpec) -> bool:
 
 
 # ------------------------------------------------------------------ kernels
-
-
 def decode_spec(layer: AttentionSpec, partial: bool) -> DecodeSpec:
     """The kernel for single rows."""
     group = layer.query_heads // layer.kv_heads
@@ -237,3 +235,28 @@ def kernels(layer: AttentionSpec, banded: bool | None = None) -> tuple[KernelSpe
         gather_spec(*sizes),
         copy_spec(layer.pool_dtype, block * layer.key_dim, value_dim and block * value_dim),
     )
+
+
+# ------------------------------------------------------------------ latents
+
+# Rows of one sequence in one step from which latent attention may make keys and values of its own:
+# fewer are not worth a run of their own beside the rows of other sequences.
+MATERIALISE_ROWS = 16
+# What they may take: beyond, the absorbed form reads the latents as they are.
+MATERIALISE_BYTES = 1 << 31
+
+
+def materialise_latents(
+    rows: int, context: int, *, rank: int, heads: int, content_dim: int
+) -> bool:
+    """Whether a sequence's keys and values are made from its latents, or its queries absorbed.
+
+    Counts multiplications of one head, values taken to be as wide as content (N): absorbed, each
+    row is projected twice (rank * N) and meets each latent twice (rank); materialised, each latent
+    is projected twice and each row meets keys and values of N.
+    """
+    if rows < MATERIALISE_ROWS or context * heads * content_dim * 2 * 2 > MATERIALISE_BYTES:
+        return False
+    absorbed = rows * 2 * rank * (content_dim + context)
+    materialised = 2 * context * content_dim * (rank + rows)
+    return materialised < absorbed

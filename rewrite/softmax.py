@@ -194,3 +194,45 @@ def _uncapped(program: Program, value: Value) -> tuple[Value, Value | None]:
                 if same(divisor, cap):
                     return scores, cap
     return value, None
+
+
+def turned_rows(program: Program, value: Value) -> Value | None:
+    """`x` in a value that is x with its last two of four axes (or of any number) exchanged."""
+    x = method_call(value, "swapaxes", "transpose")
+    order = value.args[1:] if x is not None else ()
+    name = value.args[0].data if x is not None else ""
+    if x is None:
+        got = library_call(program, value, "mlx.core.swapaxes")
+        if not got:
+            return None
+        x, order, name = got[0], got[1:], "swapaxes"
+    numbers = tuple(number(part) for part in order)
+    if name == "swapaxes":
+        return x if numbers in ((-1, -2), (-2, -1), (2, 3), (3, 2)) else None
+    return x if numbers == (0, 1, 3, 2) else None
+
+
+def is_lowest(program: Program, value: Value) -> bool:
+    """A number that no score falls below: a type's least one, minus infinity, or -1e9 and less."""
+    got = library_call(program, value, "mlx.core.array")
+    if got:
+        value = got[0]
+    if value.op == "attr" and value.data == "min":
+        return library_call(program, value.args[0], "mlx.core.finfo") is not None
+    if value.op == "unary" and value.data == "-":
+        inner = value.args[0]
+        if inner.op == "global":
+            return inner.data in ("mlx.core.inf", "math.inf", "numpy.inf")
+        word = library_call(program, inner, "builtins.float")
+        if word:
+            return word[0].data in ("inf", "infinity")
+    least = number(value)
+    return isinstance(least, (int, float)) and least <= -1e9
+
+
+def number(value: Value) -> object:
+    """The number a value is, with its sign."""
+    if value.op == "unary" and value.data == "-" and value.args[0].op == "const":
+        inner = value.args[0].data
+        return -inner if isinstance(inner, (int, float)) else None
+    return value.data if value.op == "const" else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -85,7 +85,8 @@ def restore(cache: PagedCache, footprint: Footprint, caches: Sequence[Any], leng
     cache.open_step()
     for path, entry in paged.items():
         leaf = cache.leaves[path]
-        _to_blocks(cache, leaf, cache.tables(sequence)[leaf.group], entry, length)
+        write = leaf.pool.write_latents if path in footprint.latents else leaf.pool.write
+        _to_blocks(cache, leaf, entry, length, write, cache.tables(sequence)[leaf.group])
     for path in sorted(footprint.states):
         cache.states[path].table.restore(sequence, _at(caches, path).cache)
     known = {*footprint.entries, *footprint.states}
@@ -117,16 +118,18 @@ def _from_blocks(cache: PagedCache, leaf: Leaf, table: BlockTable, length: int) 
     first = table.dropped * size
     low = first if kept is None else max(first, length - kept)
     pool, dtype = leaf.pool.pool, leaf.pool.rows_dtype
-    if pool.value_dim is None:
-        raise RuntimeRefusal("a cache without values of its own cannot be taken out of its blocks")
+    values: mx.array | None
     if low < length:
         ragged = Ragged.build([1], [length], [table.blocks], size, [table.dropped])
         keys, values, leaf.pool.pool = ops.gather(pool, ragged, 0, low)
-        assert values is not None
-        keys, values = keys.astype(dtype), values.astype(dtype)
     else:  # a new chunk begins: nothing of the ones before it is left
         keys = mx.zeros((1, pool.kv_heads, 0, pool.key_dim), dtype)
-        values = mx.zeros((1, pool.kv_heads, 0, pool.value_dim), dtype)
+        values = None
+        if pool.value_dim is not None:
+            values = mx.zeros((1, pool.kv_heads, 0, pool.value_dim), dtype)
+    if values is None:  # latents beside their rope keys, which mlx_lm keeps as keys and values
+        keys, values = mx.split(keys, [leaf.pool.rank or 0], axis=-1)
+    keys, values = keys.astype(dtype), values.astype(dtype)
     found = spec.original()
     if isinstance(found, upstream.RotatingKVCache):
         # What no later row sees is not kept. The oldest position of a full window is such: the
@@ -145,7 +148,14 @@ def _behind(rows: mx.array, count: int) -> mx.array:
     return mx.pad(rows, [(0, 0), (0, 0), (count, 0), (0, 0)])
 
 
-def _to_blocks(cache: PagedCache, leaf: Leaf, table: BlockTable, entry: Any, length: int) -> None:
+def _to_blocks(
+    cache: PagedCache,
+    leaf: Leaf,
+    entry: Any,
+    length: int,
+    write: Callable[[mx.array, mx.array, Ragged, int], None],
+    table: BlockTable,
+) -> None:
     keys, values = entry.keys, entry.values
     if isinstance(entry, upstream.RotatingKVCache):
         keys, values = entry._temporal_order(keys), entry._temporal_order(values)
@@ -161,7 +171,7 @@ def _to_blocks(cache: PagedCache, leaf: Leaf, table: BlockTable, entry: Any, len
         return
     ragged = Ragged.build([count], [length], [table.blocks], cache.block_size, [table.dropped])
     keys, values = (rows[..., -count:, :].transpose(2, 1, 0, 3) for rows in (keys, values))
-    leaf.pool.write(keys, values, ragged, cache.serial)
+    write(keys, values, ragged, cache.serial)
 
 
 def _at(caches: Sequence[Any], path: tuple[int, ...]) -> Any:

@@ -22,8 +22,8 @@ class Footprint:
     """What a model keeps in blocks: bytes of one block of all layers of each group.
 
     A group that pages nothing costs nothing. `entries` are the cache entries that are paged, by
-    index and path, `states` those with a slot for each sequence, of `state_bytes` together;
-    `everything` says that there are no others than paged ones.
+    index and path, `latents` those of them that hold latents, `states` those with a slot for each
+    sequence, of `state_bytes` together; `everything` says that there are no others than paged ones.
     """
 
     block_size: int
@@ -32,6 +32,7 @@ class Footprint:
     everything: bool
     states: frozenset[tuple[int, ...]] = frozenset()
     state_bytes: int = 0
+    latents: frozenset[tuple[int, ...]] = frozenset()
 
 
 def footprint(model: object, block_size: int, dtype: mx.Dtype | None = None) -> Footprint:
@@ -46,7 +47,8 @@ def footprint(model: object, block_size: int, dtype: mx.Dtype | None = None) -> 
     slots = {key: leaf for key, leaf in cache.states.items() if leaf.table.used}
     size = sum(array.nbytes for leaf in slots.values() for array in leaf.table.arrays())
     everything = cache.pages_everything
-    return Footprint(block_size, costs, entries, everything, frozenset(slots), size)
+    latents = frozenset(key for key, leaf in made if leaf.pool.rank is not None)
+    return Footprint(block_size, costs, entries, everything, frozenset(slots), size, latents)
 
 
 def device_memory() -> int:

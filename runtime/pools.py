@@ -15,10 +15,20 @@ class EntryPool:
     """Keys and values of one entry's blocks, threaded through the ops.
 
     The first write makes the pool, from the shapes and the type of what is written; `dtype`
-    overrides the type. With `poison`, blocks that nobody holds are NaN.
+    overrides the type. With `poison`, blocks that nobody holds are NaN. Latents lie side by side
+    with their rope keys, as keys without values; `rank` is then the width of a latent.
     """
 
-    __slots__ = ("_pool", "_rows_dtype", "block_size", "dtype", "num_blocks", "poison", "serial")
+    __slots__ = (
+        "_pool",
+        "_rows_dtype",
+        "block_size",
+        "dtype",
+        "num_blocks",
+        "poison",
+        "rank",
+        "serial",
+    )
 
     def __init__(
         self, num_blocks: int, block_size: int, dtype: mx.Dtype | None = None, poison: bool = False
@@ -27,6 +37,7 @@ class EntryPool:
         self.block_size = block_size
         self.dtype = dtype
         self.poison = poison
+        self.rank: int | None = None
         self.serial = -1
         self._pool: ops.Pool | None = None
         self._rows_dtype = mx.float32
@@ -50,7 +61,23 @@ class EntryPool:
         """The type of the rows that were written, which `dtype` may have overridden."""
         return self._rows_dtype
 
-    def write(self, keys: mx.array, values: mx.array, ragged: Ragged | None, serial: int) -> None:
+    def write_latents(
+        self, latents: mx.array, ropes: mx.array, ragged: Ragged | None, serial: int
+    ) -> None:
+        """Store a step's rows, latents [T, 1, 1, rank] and rope keys [T, 1, 1, R]; once per step.
+
+        R may be 0: latents without positions.
+        """
+        rank = latents.shape[-1]
+        if self.made and self.rank != rank:
+            raise TypeError(f"latents of {rank} entries are written where {self.rank} lie")
+        joined = mx.concatenate([latents, ropes], axis=-1) if ropes.shape[-1] else latents
+        self.write(joined, None, ragged, serial)
+        self.rank = rank
+
+    def write(
+        self, keys: mx.array, values: mx.array | None, ragged: Ragged | None, serial: int
+    ) -> None:
         """Store a step's rows, keys [T, Hkv, 1, Dk] and values [T, Hkv, 1, Dv]; once per step."""
         if self.serial == serial:
             raise RuntimeError("two layers write to one cache entry in the same step")
@@ -72,7 +99,10 @@ class EntryPool:
         sinks: mx.array | None,
         softcap: float | None,
     ) -> mx.array:
-        """Each row over its sequence: [T, Hq, 1, Dk] -> [T, Hq, 1, Dv], promoted as upstream."""
+        """Each row over its sequence: [T, Hq, 1, Dk] -> [T, Hq, 1, Dv], promoted as upstream.
+
+        The values of latents are the latents: Dv is then their rank.
+        """
         if queries.dtype != self._rows_dtype:
             zeros = mx.array(0, queries.dtype), mx.array(0, self._rows_dtype)
             queries = queries.astype(mx.result_type(*zeros))
@@ -86,8 +116,15 @@ class EntryPool:
             chunk=chunk,
             sinks=sinks,
             softcap=softcap,
+            value_dim=self.rank,
         )
         return out
+
+    def gather(self, ragged: Ragged, sequence: int, low: int) -> mx.array:
+        """The keys of the positions low.. of one sequence of a step, [1, Hkv, positions, Dk]."""
+        keys: mx.array
+        keys, _, self._pool = ops.gather(self.pool, ragged, sequence, low)
+        return keys
 
     def require_written(self, serial: int) -> None:
         if self.serial != serial:
@@ -110,8 +147,8 @@ class EntryPool:
         self._pool = _filled(self._pool, np.array(blocks))
         mx.eval(self._pool.arrays())
 
-    def _make(self, keys: mx.array, values: mx.array) -> ops.Pool:
-        for rows in (keys, values):
+    def _make(self, keys: mx.array, values: mx.array | None) -> ops.Pool:
+        for rows in (keys,) if values is None else (keys, values):
             if rows.ndim != 4 or rows.shape[2] != 1:
                 raise TypeError(
                     f"expected rows of one token, [T, heads, 1, width], got {list(rows.shape)}"
@@ -122,7 +159,7 @@ class EntryPool:
             block_size=self.block_size,
             kv_heads=keys.shape[1],
             key_dim=keys.shape[3],
-            value_dim=values.shape[3],
+            value_dim=None if values is None else values.shape[3],
             dtype=self.dtype or keys.dtype,
         )
         return _filled(pool, np.arange(self.num_blocks)) if self.poison else pool

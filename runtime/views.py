@@ -43,7 +43,8 @@ class StateLeaf:
 
 
 class Handle(Opaque):
-    """Keys or values in pages. Only `paged_attention` can read them.
+    """Keys or values in pages, or latents or their rope keys: `role` says which. Only
+    `paged_attention`, or for latents `paged_latent_attention`, can read them.
 
     `shape` is (T, Hkv, positions + 1, D), where the third entry is an array: each row's number of
     positions. Code that subtracts the length of the input from it gets each row's position.
@@ -52,7 +53,7 @@ class Handle(Opaque):
     __slots__ = ("batch", "leaf", "role")
     _rule: ClassVar[str] = (
         "a paged cache has no contiguous keys here: what `update_and_fetch` returns may only be "
-        "passed on to `paged_attention`"
+        "passed on to `paged_attention`, and latents to `paged_latent_attention`"
     )
 
     def __init__(self, leaf: Leaf, batch: Batch, role: str) -> None:
@@ -62,9 +63,10 @@ class Handle(Opaque):
 
     @property
     def shape(self) -> tuple[int, int, mx.array, int]:
-        pool = self.leaf.pool.pool
-        width = pool.key_dim if self.role == "keys" else pool.value_dim
-        return (self.batch.num_rows, pool.kv_heads, self.batch.positions + 1, width or 0)
+        pool, rank = self.leaf.pool.pool, self.leaf.pool.rank or 0
+        widths = {"keys": pool.key_dim, "values": pool.value_dim or 0}
+        widths |= {"latents": rank, "ropes": pool.key_dim - rank}
+        return (self.batch.num_rows, pool.kv_heads, self.batch.positions + 1, widths[self.role])
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -116,14 +118,23 @@ class PagedView(View):
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Handle, Handle]:
         """Write this step's rows, keys [T, Hkv, 1, Dk] and values [T, Hkv, 1, Dv]."""
-        leaf, batch = self.leaf, self.batch
-        if leaf.per_sequence:
+        leaf, batch = self._writable(), self.batch
+        leaf.pool.write(keys, values, batch.ragged[leaf.group], batch.serial)
+        return Handle(leaf, batch, "keys"), Handle(leaf, batch, "values")
+
+    def update_and_fetch_latents(self, latents: mx.array, ropes: mx.array) -> tuple[Handle, Handle]:
+        """Write this step's rows, latents [T, 1, 1, rank] and rope keys [T, 1, 1, R]."""
+        leaf, batch = self._writable(), self.batch
+        leaf.pool.write_latents(latents, ropes, batch.ragged[leaf.group], batch.serial)
+        return Handle(leaf, batch, "latents"), Handle(leaf, batch, "ropes")
+
+    def _writable(self) -> Leaf:
+        if self.leaf.per_sequence:
             raise TypeError(
                 f"{self!r} is used once per sequence by one layer and paged by another: the keys "
                 "would be in two places"
             )
-        leaf.pool.write(keys, values, batch.ragged[leaf.group], batch.serial)
-        return Handle(leaf, batch, "keys"), Handle(leaf, batch, "values")
+        return self.leaf
 
     def keys_and_values(self) -> tuple[Handle, Handle]:
         """The handles of what another layer wrote in this step."""

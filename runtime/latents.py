@@ -1,0 +1,179 @@
+"""Attention over a pool of latents: absorbed for few rows, materialised for many.
+
+DeepSeek-V2, arXiv 2405.04434, section 2.1. Both forms are one function: a content query meets a
+latent through one matrix a head, which can go to either side of the product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from weakref import WeakKeyDictionary
+
+import mlx.core as mx
+from mlxrewrite.kernels import policy
+from mlxrewrite.kernels.ops import Ragged
+from mlxrewrite.kernels.reference import first_seen
+
+from .pools import EntryPool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Queries:
+    """Content [T, H, 1, N] and rope [T, H, 1, R] of the queries, and a layer's projections."""
+
+    content: mx.array
+    rope: mx.array
+    up_keys: Callable[..., mx.array] | None
+    up_values: Callable[..., mx.array] | None
+
+    def rows(self, start: int, stop: int) -> Queries:
+        if stop - start == self.content.shape[0]:
+            return self
+        content, rope = self.content[start:stop], self.rope[start:stop]
+        return Queries(content, rope, self.up_keys, self.up_values)
+
+    def join(self, indices: mx.array) -> Queries:
+        content, rope = self.content[indices], self.rope[indices]
+        return Queries(content, rope, self.up_keys, self.up_values)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Split:
+    """Which sequences of a step are materialised, and the rest as a step of its own."""
+
+    long: tuple[bool, ...]
+    rest: Ragged | None
+    rest_rows: mx.array | None
+
+
+# Made once per step, for all layers alike.
+_SPLITS: WeakKeyDictionary[Ragged, dict[tuple[bool, ...], _Split]] = WeakKeyDictionary()
+
+
+def attend(
+    pool: EntryPool,
+    ragged: Ragged,
+    queries: Queries,
+    *,
+    scale: float,
+    window: int | None,
+    chunk: int | None,
+) -> mx.array:
+    """Each row over the latents of its sequence: [T, H, 1, Dv]."""
+    rank = pool.rank
+    if rank is None:
+        raise RuntimeError("latents are read from a cache entry that holds keys and values")
+    seen = {"window": window, "chunk": chunk}
+    long = _long(ragged, queries, rank)
+    if not any(long):
+        return _absorbed(pool, ragged, queries, scale=scale, **seen)
+    split = _split(ragged, long)
+    short = None
+    if split.rest is not None and split.rest_rows is not None:
+        chosen = queries.join(split.rest_rows)
+        short = _absorbed(pool, split.rest, chosen, scale=scale, **seen)
+    parts, taken = [], 0
+    for is_long, run in groupby(range(len(long)), lambda i: long[i]):
+        members = list(run)
+        if is_long:
+            parts += [_materialised(pool, ragged, i, queries, scale=scale, **seen) for i in members]
+        else:
+            assert short is not None
+            count = sum(ragged.query_lens[i] for i in members)
+            parts.append(short[taken : taken + count])
+            taken += count
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts)
+
+
+def _long(ragged: Ragged, queries: Queries, rank: int) -> tuple[bool, ...]:
+    """Which sequences of a step are cheaper with keys and values of their own."""
+    if queries.up_keys is None or queries.up_values is None:
+        return (False,) * ragged.num_sequences
+    _, heads, _, width = queries.content.shape
+    return tuple(
+        policy.materialise_latents(rows, context, rank=rank, heads=heads, content_dim=width)
+        for rows, context in zip(ragged.query_lens, ragged.context_lens, strict=True)
+    )
+
+
+def _split(ragged: Ragged, long: tuple[bool, ...]) -> _Split:
+    known = _SPLITS.setdefault(ragged, {})
+    if long not in known:
+        short = [i for i, is_long in enumerate(long) if not is_long]
+        rest = rows = None
+        if short:
+            rest = Ragged.build(
+                [ragged.query_lens[i] for i in short],
+                [ragged.context_lens[i] for i in short],
+                [ragged.tables[i] for i in short],
+                ragged.block_size,
+                [ragged.dropped[i] for i in short],
+            )
+            rows = mx.array([r for i in short for r in range(*ragged.starts[i : i + 2])], mx.int32)
+        known[long] = _Split(long, rest, rows)
+    return known[long]
+
+
+def _absorbed(
+    pool: EntryPool,
+    ragged: Ragged,
+    queries: Queries,
+    *,
+    scale: float,
+    window: int | None,
+    chunk: int | None,
+) -> mx.array:
+    """Queries go to the latents, and what comes back goes to the values."""
+    content = queries.content
+    if queries.up_keys is not None:
+        content = _by_head(queries.up_keys, content)
+    if queries.rope.shape[-1]:
+        content = mx.concatenate([content, queries.rope], axis=-1)
+    out = pool.attend(
+        content, ragged, scale=scale, window=window, chunk=chunk, sinks=None, softcap=None
+    )
+    return out if queries.up_values is None else _by_head(queries.up_values, out)
+
+
+def _by_head(up: Callable[..., mx.array], rows: mx.array) -> mx.array:
+    """One product a head over all rows: [T, H, 1, D] -> [T, H, 1, D']."""
+    if rows.shape[0] == 1:
+        return up(rows)
+    return up(rows.transpose(2, 1, 0, 3)).transpose(2, 1, 0, 3)
+
+
+def _materialised(
+    pool: EntryPool,
+    ragged: Ragged,
+    sequence: int,
+    queries: Queries,
+    *,
+    scale: float,
+    window: int | None,
+    chunk: int | None,
+) -> mx.array:
+    """Keys and values of all heads, made once from the sequence's latents."""
+    assert queries.up_keys is not None and queries.up_values is not None and pool.rank is not None
+    start, stop = ragged.starts[sequence : sequence + 2]
+    end = ragged.context_lens[sequence]
+    low = first_seen(end - (stop - start), window, chunk)
+    mine = queries.rows(start, stop)
+    content, rope = mine.content.transpose(2, 1, 0, 3), mine.rope.transpose(2, 1, 0, 3)
+    entries = pool.gather(ragged, sequence, low).astype(content.dtype)
+    latents, rope_keys = entries[..., : pool.rank], entries[..., pool.rank :]
+    keys = queries.up_keys(latents, transpose=False)
+    if rope.shape[-1]:
+        spread = mx.broadcast_to(rope_keys, (*keys.shape[:3], rope.shape[-1]))
+        keys = mx.concatenate([keys, spread], axis=-1)
+        content = mx.concatenate([content, rope], axis=-1)
+    plain = first_seen(end - 1, window, chunk) == low
+    mask: mx.array | str = "causal" if plain else ragged.seen(sequence, low, window, chunk)
+    out = mx.fast.scaled_dot_product_attention(
+        content, keys, queries.up_values(latents), scale=scale, mask=mask
+    )
+    return out.transpose(2, 1, 0, 3)
+
+
+__all__: Sequence[str] = ("Queries", "attend")
