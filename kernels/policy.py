@@ -105,6 +105,8 @@ def _narrow(band: int | None, context: int, layer: AttentionSpec) -> bool:
 
 
 # ------------------------------------------------------------------ kernels
+
+
 def decode_spec(layer: AttentionSpec, partial: bool) -> DecodeSpec:
     """The kernel for single rows."""
     group = layer.query_heads // layer.kv_heads

@@ -1,0 +1,282 @@
+#!/usr/bin/env python3
+"""Latent attention of a rewritten model beside mlx_lm's own, in one process, taking turns.
+
+    python benchmarks/mla.py [--layers 4] [--heads 128] [--rank 512] [--rope 64] [--rounds 7]
+                             [--decode 1x8192,16x4096,64x2048] [--prefill 2048+0,512+8192]
+                             [--dtype bfloat16] [--json FILE]
+
+Both run the same stack of latent attention layers, whose model is narrow so that little but the
+attention is timed, on the default device. `--decode BxT`: one token for each of B sequences of T
+positions. `--prefill N+T`: N tokens of one sequence that has T positions; the rewritten model is
+timed as its policy decides and with each form forced. Times are medians of rounds, a layer.
+
+Decode is set against two bounds, measured here: an elementwise copy (GB/s of latent bytes, each
+read once) and a square matrix product (arithmetic of scores and values, all heads). The larger
+time of the two is the bound, `of_bound` the share of it that is reached.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx import nn
+from mlx_lm.models import deepseek_v3 as upstream
+from mlx_lm.models.base import create_attention_mask
+from mlx_lm.models.cache import KVCache
+from mlxrewrite.kernels import policy
+from mlxrewrite.runtime.cache import PagedCache
+from mlxrewrite.runtime.caches import KVCache as KVSpec
+from mlxrewrite.runtime.load import rewritten_module
+from mlxrewrite.runtime.sites import paged_mask
+
+WIDTH = 128  # of the model around the attention
+
+
+class Stack(nn.Module):
+    """Attention layers with residuals; ids choose random rows."""
+
+    def __init__(self, attention: type, arguments: Any, layers: int, mask: Callable) -> None:
+        super().__init__()
+        self.rows = nn.Embedding(64, WIDTH)
+        self.layers = [attention(arguments) for _ in range(layers)]
+        self._mask = mask
+
+    def make_cache(self) -> list[KVSpec]:
+        return [KVSpec() for _ in self.layers]
+
+    def __call__(self, ids: mx.array, cache: list[Any]) -> mx.array:
+        h = self.rows(ids)
+        mask = self._mask(h, cache[0], return_array=True)
+        for layer, entry in zip(self.layers, cache, strict=True):
+            h = h + layer(h, mask, entry)
+        return h
+
+
+def arguments_of(options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "model_type": "deepseek_v3",
+        "hidden_size": WIDTH,
+        "num_attention_heads": options.heads,
+        "num_key_value_heads": options.heads,
+        "kv_lora_rank": options.rank,
+        "q_lora_rank": None,
+        "qk_rope_head_dim": options.rope,
+        "qk_nope_head_dim": options.content,
+        "v_head_dim": options.content,
+        "max_position_embeddings": 1 << 17,
+        "rope_scaling": None,
+    }
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    mx.eval(run())
+    return time.perf_counter() - start
+
+
+def median(times: list[float]) -> float:
+    return statistics.median(times)
+
+
+def copy_rate(size: int, dtype: mx.Dtype) -> float:
+    """Bytes read and written a second by an elementwise operation."""
+    x = mx.zeros((size // dtype.size,), dtype)
+    mx.eval(x)
+    times = [seconds(lambda: x + mx.array(1, dtype)) for _ in range(8)]
+    return 2 * x.nbytes / median(times[2:])
+
+
+def product_rate(size: int, dtype: mx.Dtype) -> float:
+    """Operations a second of a square matrix product."""
+    x = mx.random.normal((size, size)).astype(dtype)
+    mx.eval(x)
+    times = [seconds(lambda: x @ x) for _ in range(8)]
+    return 2 * size**3 / median(times[2:])
+
+
+class Theirs:
+    """mlx_lm's layers over its own caches: all sequences as one batch of equal lengths."""
+
+    def __init__(self, model: Stack, sequences: int, positions: int, dtype: mx.Dtype) -> None:
+        self.model, self.sequences, self.positions = model, sequences, positions
+        config = model.layers[0].config
+        self.cache = [KVCache() for _ in model.layers]
+        for entry in self.cache if positions else ():
+            shape = (sequences, 1, positions)
+            entry.update_and_fetch(
+                mx.random.normal((*shape, config.kv_lora_rank)).astype(dtype),
+                mx.random.normal((*shape, config.qk_rope_head_dim)).astype(dtype),
+            )
+            mx.eval(entry.state)
+
+    def run(self, tokens: int) -> mx.array:
+        for entry in self.cache:
+            entry.trim(entry.offset - self.positions)
+        ids = mx.arange(self.sequences * tokens).reshape(self.sequences, tokens) % 64
+        return self.model(ids, self.cache)
+
+
+class Ours:
+    """The rewritten layers over pages."""
+
+    def __init__(self, model: Stack, sequences: int, positions: int, tokens: int) -> None:
+        size, rows = 16, 512
+        blocks = sequences * (-(-(positions + tokens) // size) + 1)
+        self.cache = PagedCache(model, size, num_blocks=blocks, rollback=tokens)
+        self.names = [self.cache.add_sequence() for _ in range(sequences)]
+        self.positions = positions
+        for name in self.names:
+            for start in range(0, positions, rows):
+                count = min(rows, positions - start)
+                mx.eval(self.cache.step({name: [1] * count}), self.cache.arrays())
+
+    def run(self, tokens: int) -> list[mx.array]:
+        for name in self.names:
+            if self.cache.length(name) > self.positions:
+                self.cache.truncate(name, self.positions)
+        new = {name: [(i + j) % 64 for j in range(tokens)] for i, name in enumerate(self.names)}
+        return [self.cache.step(new), *self.cache.arrays()]
+
+
+def alternate(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Times of each run, in changing order; the first two rounds warm up."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + 2):
+        for name in list(runs) if number % 2 else list(reversed(runs)):
+            spent = seconds(runs[name])
+            if number > 1:
+                times[name].append(spent)
+    return times
+
+
+def decode(options: argparse.Namespace, models: tuple[Stack, Stack], case: str) -> dict[str, Any]:
+    sequences, positions = (int(part) for part in case.split("x"))
+    dtype = getattr(mx, options.dtype)
+    theirs = Theirs(models[0], sequences, positions, dtype)
+    ours = Ours(models[1], sequences, positions, 1)
+    runs = {"mlx_lm": lambda: theirs.run(1), "mlxrewrite": lambda: ours.run(1)}
+    times = alternate(runs, options.rounds)
+    return {"case": f"decode {case}", **report(times, options), **bounds(times, options, case)}
+
+
+def prefill(options: argparse.Namespace, models: tuple[Stack, Stack], case: str) -> dict[str, Any]:
+    tokens, positions = (int(part) for part in case.split("+"))
+    dtype = getattr(mx, options.dtype)
+    theirs = Theirs(models[0], 1, positions, dtype)
+    ours = Ours(models[1], 1, positions, tokens)
+    decided = policy.materialise_latents
+
+    def forced(answer: bool) -> Callable[[], Any]:
+        def run() -> Any:
+            policy.materialise_latents = lambda *_, **__: answer
+            try:
+                return ours.run(tokens)
+            finally:
+                policy.materialise_latents = decided
+
+        return run
+
+    runs = {"mlx_lm": lambda: theirs.run(tokens), "mlxrewrite": lambda: ours.run(tokens)}
+    runs |= {"absorbed": forced(False), "materialised": forced(True)}
+    times = alternate(runs, options.rounds)
+    choice = decided(
+        tokens,
+        positions + tokens,
+        rank=options.rank,
+        heads=options.heads,
+        content_dim=options.content,
+    )
+    chosen = "materialised" if choice else "absorbed"
+    return {"case": f"prefill {case}", "policy": chosen, **report(times, options)}
+
+
+def report(times: dict[str, list[float]], options: argparse.Namespace) -> dict[str, Any]:
+    medians = {name: median(values) / options.layers for name, values in times.items()}
+    return {
+        "us_per_layer": {name: round(value * 1e6, 1) for name, value in medians.items()},
+        "speedup": round(medians["mlx_lm"] / medians["mlxrewrite"], 3),
+        "all_us": {
+            name: [round(value * 1e6 / options.layers, 1) for value in values]
+            for name, values in times.items()
+        },
+    }
+
+
+def bounds(times: dict[str, list[float]], options: argparse.Namespace, case: str) -> dict[str, Any]:
+    sequences, positions = (int(part) for part in case.split("x"))
+    entries = sequences * (positions + 1)
+    held = entries * (options.rank + options.rope) * getattr(mx, options.dtype).size
+    work = 2 * entries * options.heads * (2 * options.rank + options.rope)
+    by_bytes, by_work = held / options.copy, work / options.product
+    found: dict[str, Any] = {"bound": "bytes" if by_bytes > by_work else "arithmetic"}
+    for name, values in times.items():
+        spent = median(values) / options.layers
+        found[name] = {
+            "latent_gb_per_s": round(held / spent / 1e9, 1),
+            "of_copy": round(by_bytes / spent, 3),
+            "tflop_per_s": round(work / spent / 1e12, 2),
+            "of_bound": round(max(by_bytes, by_work) / spent, 3),
+        }
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--heads", type=int, default=128)
+    parser.add_argument("--rank", type=int, default=512)
+    parser.add_argument("--rope", type=int, default=64)
+    parser.add_argument("--content", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--decode", default="1x8192,16x4096,64x2048")
+    parser.add_argument("--prefill", default="2048+0,512+8192,64+8192")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--copy-bytes", type=int, default=1 << 30)
+    parser.add_argument("--product", type=int, default=8192)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+
+    dtype = getattr(mx, options.dtype)
+    given = arguments_of(options)
+    rewritten = rewritten_module(given)
+    models = tuple(
+        Stack(m.DeepseekV3Attention, m.ModelArgs.from_dict(given), options.layers, mask)
+        for m, mask in ((upstream, create_attention_mask), (rewritten, paged_mask))
+    )
+    for model in models:
+        model.set_dtype(dtype)
+        model.eval()
+    models[1].update(models[0].parameters())
+    mx.eval(models[0].parameters())
+    options.copy = copy_rate(options.copy_bytes, dtype)
+    options.product = product_rate(options.product, dtype)
+    results = [decode(options, models, case) for case in options.decode.split(",") if case]
+    results += [prefill(options, models, case) for case in options.prefill.split(",") if case]
+    result = {
+        "device": str(mx.default_device()),
+        "layers": options.layers,
+        "heads": options.heads,
+        "rank": options.rank,
+        "rope": options.rope,
+        "content": options.content,
+        "dtype": options.dtype,
+        "copy_gb_per_s": round(options.copy / 1e9, 1),
+        "product_tflop_per_s": round(options.product / 1e12, 2),
+        "results": results,
+    }
+    print(json.dumps(result, indent=1))
+    if options.json is not None:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
