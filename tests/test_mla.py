@@ -4,6 +4,8 @@ latent pool as a cache that is shared, cut back and copied."""
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -15,8 +17,10 @@ from mlxrewrite.kernels.ops import Ragged
 from mlxrewrite.runtime import latents, sites
 from mlxrewrite.runtime.cache import PagedCache
 from mlxrewrite.runtime.errors import OutOfBlocks
+from mlxrewrite.runtime.extract import extract, restore
 from mlxrewrite.runtime.load import original_module, rewritten_module
 from mlxrewrite.runtime.masks import MaskSpec
+from mlxrewrite.runtime.memory import footprint
 from mlxrewrite.runtime.pools import EntryPool
 from mlxrewrite.runtime.verify import verify
 from mlxrewrite.runtime.weights import randomise
@@ -230,6 +234,23 @@ def test_latent_pools_are_shared_cut_back_and_copied(name):
         cache.step({cache.add_sequence(): list(range(65))})
 
 
+@pytest.mark.parametrize("name", ["deepseek_v3", "longcat_flash"])
+def test_prompt_caches_come_out_of_pages_and_go_back(name):
+    original, rewritten = pair(name)
+    cache = PagedCache(rewritten, 4, num_blocks=16, poison=True, shuffle_seed=1)
+    prompt, rest = list(range(1, 12)), [50, 51]
+    sequence = cache.add_sequence()
+    mx.eval(cache.step({sequence: prompt}), cache.arrays())
+    taken = extract(cache, sequence)
+    expected = last_logits(original, prompt + rest)
+    again = restore(cache, footprint(rewritten, 4), taken, len(prompt))
+    out = cache.step({again: rest})
+    mx.eval(out, cache.arrays())
+    np.testing.assert_allclose(np.array(out)[0], expected, atol=1e-4)
+    theirs = np.array(original(mx.array([rest]), cache=taken)[0, -1])
+    np.testing.assert_allclose(theirs, expected, atol=1e-4)
+
+
 def test_a_latent_entry_is_as_wide_as_latent_and_rope_key():
     _, rewritten = pair("deepseek_v3")
     cache = PagedCache(rewritten, 4, num_blocks=2)
@@ -276,3 +297,19 @@ def test_latent_attention_wants_a_mask_it_understands(mask):
     content, rope = mx.zeros((1, 4, 1, 24)), mx.zeros((1, 4, 1, 8))
     with pytest.raises(TypeError, match="paged_latent_attention"):
         sites.paged_latent_attention(content, rope, one, two, scale=1.0, mask=mask)
+
+
+# ------------------------------------------------------------------------- the benchmark
+
+
+def test_the_benchmark_runs_on_small_sizes(tmp_path):
+    script = Path(__file__).parent.parent / "benchmarks" / "mla.py"
+    target = tmp_path / "result.json"
+    sizes = "--layers 2 --heads 4 --rank 32 --rope 8 --content 16 --dtype float32 --rounds 1"
+    cases = "--decode 2x16 --prefill 20+8 --copy-bytes 100000 --product 64 --json"
+    run = [sys.executable, str(script), *sizes.split(), *cases.split(), str(target)]
+    subprocess.run(run, check=True, capture_output=True)
+    decode, prefill = json.loads(target.read_text())["results"]
+    assert set(decode["us_per_layer"]) == {"mlx_lm", "mlxrewrite"}
+    assert set(prefill["us_per_layer"]) >= {"absorbed", "materialised"}
+    assert min(decode["us_per_layer"].values()) > 0 and decode["bound"] in ("bytes", "arithmetic")
