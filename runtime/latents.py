@@ -1,4 +1,5 @@
-"""Attention over a pool of latents: absorbed for few rows, materialised for many.
+"""What a rewritten model file calls for latent attention: absorbed for few rows, materialised for
+many.
 
 DeepSeek-V2, arXiv 2405.04434, section 2.1. Both forms are one function: a content query meets a
 latent through one matrix a head, which can go to either side of the product.
@@ -6,9 +7,10 @@ latent through one matrix a head, which can go to either side of the product.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import mlx.core as mx
@@ -16,7 +18,51 @@ from mlxrewrite.kernels import policy
 from mlxrewrite.kernels.ops import Ragged
 from mlxrewrite.kernels.reference import first_seen
 
+from .masks import MaskSpec, seen_through
 from .pools import EntryPool
+from .views import Handle
+
+
+def paged_latent_attention(
+    content: mx.array,
+    rope: mx.array,
+    latents: Handle,
+    ropes: Handle,
+    up_keys: Any = None,
+    up_values: Any = None,
+    *,
+    scale: float,
+    mask: MaskSpec,
+) -> mx.array:
+    """Attend each row to the latents of its own sequence, by their content and their rope keys.
+
+    `content` [T, H, 1, N] and `rope` [T, H, 1, R] are the two parts of the queries; `latents` and
+    `ropes` are what `update_and_fetch_latents` returned. `up_keys` and `up_values` are the layer's
+    projections of a latent to keys [N] and values [Dv] of each head, `up_keys(x)` being its
+    transpose unless called with `transpose=False`. Returns [T, H, 1, Dv]. Without projections the
+    content has the width of a latent already, and so has the result. DeepSeek-V2, arXiv 2405.04434.
+    """
+    if not (isinstance(latents, Handle) and isinstance(ropes, Handle)):
+        raise TypeError(
+            "paged_latent_attention: expected what `update_and_fetch_latents` of a paged cache "
+            f"returned, got {type(latents).__name__} and {type(ropes).__name__}"
+        )
+    leaf, batch = latents.leaf, latents.batch
+    if ropes.leaf is not leaf or latents.role != "latents" or ropes.role != "ropes":
+        raise TypeError(
+            f"paged_latent_attention: {latents!r} and {ropes!r} are not latents and their rope keys"
+        )
+    window, chunk = seen_through(mask, leaf.retention, "paged_latent_attention")
+    ragged = batch.ragged[leaf.group]
+    assert ragged is not None  # the write of this step needed it
+    return attend(
+        leaf.pool,
+        ragged,
+        Queries(content, rope, up_keys, up_values),
+        scale=scale,
+        window=window,
+        chunk=chunk,
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -174,6 +220,3 @@ def _materialised(
         content, keys, queries.up_values(latents), scale=scale, mask=mask
     )
     return out.transpose(2, 1, 0, 3)
-
-
-__all__: Sequence[str] = ("Queries", "attend")

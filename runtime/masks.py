@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
+from .caches import Retention
 from .opaque import Opaque
 
 
@@ -35,3 +36,24 @@ class MaskSpec(Opaque):
         "a mask of a paged batch is not an array: only `paged_attention` and mixers that run once "
         "per sequence take it"
     )
+
+
+def seen_through(mask: Any, retention: Retention, name: str) -> tuple[int | None, int | None]:
+    """Window and chunk that rows see through a mask, of what a cache keeps.
+
+    Raises TypeError, in the words of the site `name`, for what is no mask of attention.
+    """
+    if not isinstance(mask, MaskSpec) or mask.kind != "attention":
+        raise TypeError(
+            f"{name}: expected a mask made by `paged_mask`, got {mask!r}; without one, rows would "
+            "see later positions"
+        )
+    if mask.prefix is not None:
+        raise TypeError(f"{name}: no op attends in both directions inside a prefix yet")
+    window, chunk = mask.window, mask.chunk
+    # The mask says what the layer asks for, the cache what is kept: upstream can see no more.
+    if retention.window is not None:
+        window = retention.window if window is None else min(window, retention.window)
+    if retention.chunk is not None and chunk is None:
+        chunk = retention.chunk
+    return window, chunk

@@ -6,16 +6,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from . import latents as latent_rows
 from .masks import MaskSpec
 from .per_sequence import per_sequence, per_sequence_model
-from .views import Handle, Leaf, View, find_view
+from .views import Handle, View, find_view
 
 __all__ = [
     "chunked_mask",
     "last_rows",
     "paged_attention",
-    "paged_latent_attention",
     "paged_mask",
     "per_sequence",
     "per_sequence_model",
@@ -24,7 +22,7 @@ __all__ = [
 ]
 
 
-def paged_attention(
+def paged_attention(  # noqa: PLR0917 - the order is upstream's
     queries: mx.array,
     keys: Handle,
     values: Handle,
@@ -51,9 +49,22 @@ def paged_attention(
     leaf = keys.leaf
     if values.leaf is not leaf or keys.role != "keys" or values.role != "values":
         raise TypeError(f"paged_attention: {keys!r} and {values!r} are not keys and their values")
+    if not isinstance(mask, MaskSpec) or mask.kind != "attention":
+        raise TypeError(
+            f"paged_attention: expected a mask made by `paged_mask`, got {mask!r}; without one, "
+            "rows would see later positions"
+        )
     if scale is None:
         raise TypeError("paged_attention: expected a scale")
-    window, chunk = _seen(mask, leaf, "paged_attention")
+    if mask.prefix is not None:
+        raise TypeError("paged_attention: no op attends in both directions inside a prefix yet")
+    retention = leaf.retention
+    window, chunk = mask.window, mask.chunk
+    # The mask says what the layer asks for, the cache what is kept: upstream can see no more.
+    if retention.window is not None:
+        window = retention.window if window is None else min(window, retention.window)
+    if retention.chunk is not None and chunk is None:
+        chunk = retention.chunk
     heads, kv_heads = queries.shape[1], leaf.pool.pool.kv_heads
     ragged = keys.batch.ragged[leaf.group]
     assert ragged is not None  # the write of this step needed it
@@ -63,67 +74,6 @@ def paged_attention(
         queries, ragged, scale=scale, window=window, chunk=chunk, sinks=sinks, softcap=softcap
     )
     return _swap_heads(out, kv_heads, heads // kv_heads) if tiled_heads else out
-
-
-def paged_latent_attention(
-    content: mx.array,
-    rope: mx.array,
-    latents: Handle,
-    ropes: Handle,
-    up_keys: Any = None,
-    up_values: Any = None,
-    *,
-    scale: float,
-    mask: MaskSpec,
-) -> mx.array:
-    """Attend each row to the latents of its own sequence, by their content and their rope keys.
-
-    `content` [T, H, 1, N] and `rope` [T, H, 1, R] are the two parts of the queries; `latents` and
-    `ropes` are what `update_and_fetch_latents` returned. `up_keys` and `up_values` are the layer's
-    projections of a latent to keys [N] and values [Dv] of each head, `up_keys(x)` being its
-    transpose unless called with `transpose=False`. Returns [T, H, 1, Dv]. Without projections the
-    content has the width of a latent already, and so has the result. DeepSeek-V2, arXiv 2405.04434.
-    """
-    if not (isinstance(latents, Handle) and isinstance(ropes, Handle)):
-        raise TypeError(
-            "paged_latent_attention: expected what `update_and_fetch_latents` of a paged cache "
-            f"returned, got {type(latents).__name__} and {type(ropes).__name__}"
-        )
-    leaf, batch = latents.leaf, latents.batch
-    if ropes.leaf is not leaf or latents.role != "latents" or ropes.role != "ropes":
-        raise TypeError(
-            f"paged_latent_attention: {latents!r} and {ropes!r} are not latents and their rope keys"
-        )
-    window, chunk = _seen(mask, leaf, "paged_latent_attention")
-    ragged = batch.ragged[leaf.group]
-    assert ragged is not None  # the write of this step needed it
-    return latent_rows.attend(
-        leaf.pool,
-        ragged,
-        latent_rows.Queries(content, rope, up_keys, up_values),
-        scale=scale,
-        window=window,
-        chunk=chunk,
-    )
-
-
-def _seen(mask: Any, leaf: Leaf, name: str) -> tuple[int | None, int | None]:
-    """Window and chunk that rows see through a mask."""
-    if not isinstance(mask, MaskSpec) or mask.kind != "attention":
-        raise TypeError(
-            f"{name}: expected a mask made by `paged_mask`, got {mask!r}; without one, rows would "
-            "see later positions"
-        )
-    if mask.prefix is not None:
-        raise TypeError(f"{name}: no op attends in both directions inside a prefix yet")
-    retention = leaf.retention
-    window, chunk = mask.window, mask.chunk
-    # The mask says what the layer asks for, the cache what is kept: upstream can see no more.
-    if retention.window is not None:
-        window = retention.window if window is None else min(window, retention.window)
-    if retention.chunk is not None and chunk is None:
-        chunk = retention.chunk
-    return window, chunk
 
 
 def _swap_heads(rows: mx.array, outer: int, inner: int) -> mx.array:

@@ -283,12 +283,12 @@ def test_latents_and_keys_are_not_taken_for_each_other():
     with pytest.raises(TypeError, match="not keys and their values"):
         sites.paged_attention(content, one, two, scale=1.0, mask=mask)
     with pytest.raises(TypeError, match="not latents and their rope keys"):
-        sites.paged_latent_attention(content, rope, two, one, scale=1.0, mask=mask)
+        latents.paged_latent_attention(content, rope, two, one, scale=1.0, mask=mask)
     keys, values = handles("update_and_fetch")
     with pytest.raises(TypeError, match="not latents and their rope keys"):
-        sites.paged_latent_attention(content, rope, keys, values, scale=1.0, mask=mask)
+        latents.paged_latent_attention(content, rope, keys, values, scale=1.0, mask=mask)
     with pytest.raises(TypeError, match="expected what"):
-        sites.paged_latent_attention(content, rope, content, rope, scale=1.0, mask=mask)
+        latents.paged_latent_attention(content, rope, content, rope, scale=1.0, mask=mask)
 
 
 @pytest.mark.parametrize("mask", [None, MaskSpec(kind="sequence"), MaskSpec(prefix=3)])
@@ -296,7 +296,7 @@ def test_latent_attention_wants_a_mask_it_understands(mask):
     one, two = handles("update_and_fetch_latents")
     content, rope = mx.zeros((1, 4, 1, 24)), mx.zeros((1, 4, 1, 8))
     with pytest.raises(TypeError, match="paged_latent_attention"):
-        sites.paged_latent_attention(content, rope, one, two, scale=1.0, mask=mask)
+        latents.paged_latent_attention(content, rope, one, two, scale=1.0, mask=mask)
 
 
 # ------------------------------------------------------------------------- the benchmark

@@ -34,6 +34,7 @@ _HOMES = {  # where the runtime's names are, if not among the sites
     "initialize_rope": "mlxrewrite.runtime.rope",
     "per_length": "mlxrewrite.runtime.per_length",
     "delta_rule": "mlxrewrite.runtime.recurrences",
+    "paged_latent_attention": "mlxrewrite.runtime.latents",
 }
 _WORST = ("kernel", "gathered", "per-sequence")
 
