@@ -117,7 +117,7 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """One buffer of a launch: `address` holds `array.nbytes` bytes, in the order of `array`."""
+    """One buffer of a launch. written: its contents count as such (an output's do not)."""
 
     name: str
     role: Role
@@ -184,8 +184,8 @@ def launch(
     check: bool,
     options: Options,
 ) -> None:
-    """Run a compiled kernel over its buffers, in the order of its parameters. With checks it runs
-    on copies at addresses of their own, and writable arrays are updated at the end.
+    """Run a compiled kernel over its buffers, in the order of its parameters. It runs on copies,
+    far apart and aligned as Metal's buffers are; writable arrays are updated at the end.
 
     Raises KernelError.
     """
@@ -198,16 +198,14 @@ def launch(
         try:
             addresses = []
             for slot, memory in enumerate(memories):
-                address = memory.array.ctypes.data
-                if check:
-                    address = runtime.msl_reserve(slot, memory.array.nbytes)
-                    if address is None:
-                        raise KernelError(
-                            f"buffer '{memory.name}' of {memory.array.nbytes} bytes does not fit: "
-                            "64 buffers of 2 GiB are checked at most; use check=False"
-                        )
-                    reserved.append(memory.array.nbytes)
-                    ctypes.memmove(address, memory.array.ctypes.data, memory.array.nbytes)
+                address = runtime.msl_reserve(slot, memory.array.nbytes)
+                if address is None:
+                    raise KernelError(
+                        f"buffer '{memory.name}' of {memory.array.nbytes} bytes is too much: the "
+                        "runner has room for 64 buffers of 2 GiB each"
+                    )
+                reserved.append(memory.array.nbytes)
+                ctypes.memmove(address, memory.array.ctypes.data, memory.array.nbytes)
                 addresses.append(address)
             buffers = (_Buffer * len(memories))(
                 *(
@@ -241,7 +239,7 @@ def launch(
             errors = runtime.msl_launch(
                 ctypes.addressof(request), text, len(text), ctypes.addressof(counted)
             )
-            if check and not errors:
+            if not errors:
                 for address, memory in zip(addresses, memories, strict=True):
                     if memory.writable:
                         ctypes.memmove(memory.array.ctypes.data, address, memory.array.nbytes)
@@ -423,8 +421,7 @@ def metal_kernel(
 
     mutable_inputs: inputs that the kernel may write to (it casts `const` away). The write goes
     through to the array's own memory, and so to every array that shares it, as on a GPU.
-    check: watch every access; without it the kernel runs on the arrays themselves, several
-    threadgroups at a time.
+    check: watch every access; without it several threadgroups run at a time.
     """
     unknown = set(mutable_inputs) - set(input_names)
     if unknown:

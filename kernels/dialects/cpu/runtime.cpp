@@ -1,7 +1,7 @@
 // Runs one compute dispatch on a CPU. Every thread of a threadgroup is a fibre; SIMD-group functions
-// and barriers are the places where fibres meet. Kernels compiled with checks call back at every load
-// and store that is left after optimisation (-fsanitize-coverage=trace-loads,trace-stores) and where
-// the language is undefined (-fsanitize=alignment,bounds,...).
+// and barriers are the places where fibres meet. Kernels compiled with checks call back at every
+// load, store and copy that is left after optimisation (the calls of -fsanitize=address, without its
+// library and its shadow memory) and where C++ is undefined (-fsanitize=alignment,bounds,...).
 //
 // Uses the C library and POSIX threads only, so that any C++ compiler builds it without its library.
 #include <math.h>
@@ -982,18 +982,46 @@ void msl_atomic(const volatile void* address, int bytes, int kind, int line) {
 }
 
 // Callbacks of the instrumentation.
-#define CALLBACKS(bytes, type)                                                                     \
-  void __sanitizer_cov_load##bytes(type* p) {                                                      \
-    if (!on_stack(p)) check((char*)p, bytes, READ, false, __builtin_return_address(0));            \
+#define CALLBACKS(bytes)                                                                           \
+  void __asan_load##bytes(const void* p) {                                                         \
+    if (!on_stack(p)) check((const char*)p, bytes, READ, false, __builtin_return_address(0));      \
   }                                                                                                \
-  void __sanitizer_cov_store##bytes(type* p) {                                                     \
-    if (!on_stack(p)) check((char*)p, bytes, WRITE, false, __builtin_return_address(0));           \
-  }
-CALLBACKS(1, uint8_t)
-CALLBACKS(2, uint16_t)
-CALLBACKS(4, uint32_t)
-CALLBACKS(8, uint64_t)
-CALLBACKS(16, __int128)
+  void __asan_store##bytes(const void* p) {                                                        \
+    if (!on_stack(p)) check((const char*)p, bytes, WRITE, false, __builtin_return_address(0));     \
+  }                                                                                                \
+  void __asan_report_load##bytes(const void*) { abort(); }                                         \
+  void __asan_report_store##bytes(const void*) { abort(); }
+CALLBACKS(1)
+CALLBACKS(2)
+CALLBACKS(4)
+CALLBACKS(8)
+CALLBACKS(16)
+void __asan_loadN(const void* p, size_t n) {
+  if (!on_stack(p)) check((const char*)p, n, READ, false, __builtin_return_address(0));
+}
+void __asan_storeN(const void* p, size_t n) {
+  if (!on_stack(p)) check((const char*)p, n, WRITE, false, __builtin_return_address(0));
+}
+void* __asan_memcpy(void* to, const void* from, size_t n) {
+  if (n && !on_stack(from)) check((const char*)from, n, READ, false, __builtin_return_address(0));
+  if (n && !on_stack(to)) check((const char*)to, n, WRITE, false, __builtin_return_address(0));
+  return memmove(to, from, n);
+}
+void* __asan_memmove(void* to, const void* from, size_t n) {
+  if (n && !on_stack(from)) check((const char*)from, n, READ, false, __builtin_return_address(0));
+  if (n && !on_stack(to)) check((const char*)to, n, WRITE, false, __builtin_return_address(0));
+  return memmove(to, from, n);
+}
+void* __asan_memset(void* to, int value, size_t n) {
+  if (n && !on_stack(to)) check((const char*)to, n, WRITE, false, __builtin_return_address(0));
+  return memset(to, value, n);
+}
+// The rest of what instrumented code refers to.
+void __asan_init(void) {}
+void __asan_version_mismatch_check_v8(void) {}
+void __asan_report_load_n(const void*, size_t) { abort(); }
+void __asan_report_store_n(const void*, size_t) { abort(); }
+void __asan_handle_no_return(void) {}
 
 struct SourceLocation {
   const char* file;

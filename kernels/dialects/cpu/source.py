@@ -260,6 +260,6 @@ def cpu_text(made: Signature, name: str) -> str:
 def entry(call: str) -> str:
     """The function that the runtime calls for each thread."""
     return (
-        'extern "C" __attribute__((no_sanitize("coverage", "undefined")))\n'
+        'extern "C" __attribute__((no_sanitize("address", "undefined")))\n'
         f"void msl_entry(void** a, const MslIds* d) {{\n  {call};\n}}\n"
     )

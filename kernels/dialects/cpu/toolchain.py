@@ -57,18 +57,23 @@ KERNEL_FLAGS = (
     "-Werror=vla-cxx-extension",
     "-Werror=return-type",
 )
-# Accesses wider than 16 bytes and calls to memset have no callback.
+# A call at every load, store and copy that is left after optimisation, none merged with another
+# (asan-opt); nothing of AddressSanitizer but these calls is used.
 CHECK_FLAGS = (
-    "-fsanitize-coverage=func,trace-loads,trace-stores",
-    "-fsanitize=alignment,bounds,integer-divide-by-zero,signed-integer-overflow",
+    "-fsanitize=address,alignment,bounds,integer-divide-by-zero,signed-integer-overflow",
     "-fno-sanitize-recover=all",
     "-fno-sanitize-link-runtime",
+    "-mllvm",
+    "-asan-instrumentation-with-call-threshold=0",
+    "-mllvm",
+    "-asan-opt=0",
+    "-mllvm",
+    "-asan-stack=0",
+    "-mllvm",
+    "-asan-globals=0",
     "-ftrivial-auto-var-init=pattern",
     "-fno-vectorize",
     "-fno-slp-vectorize",
-    "-fno-builtin-memset",
-    "-fno-builtin-memcpy",
-    "-fno-builtin-memmove",
 )
 
 

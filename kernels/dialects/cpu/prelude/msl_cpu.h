@@ -232,7 +232,7 @@ typedef atomic<float> atomic_float;
 // Not seen by the checks of ordinary loads and stores; msl_atomic makes its own.
 #define MSL_ATOMIC                                                                                 \
   template <class T>                                                                               \
-  __attribute__((noinline, no_sanitize("coverage", "alignment", "signed-integer-overflow")))
+  __attribute__((noinline, no_sanitize("address", "alignment", "signed-integer-overflow")))
 MSL_ATOMIC T msl_exchange(volatile atomic<T>* object, T* expected, T desired, bool compare, int line) {
   T old;
   msl_atomic(object, sizeof(T), 1, line);
