@@ -88,7 +88,7 @@ _FLAGS = (
     "-DMSL_CHECK",
     "-ferror-limit=8",
     "-fno-caret-diagnostics",
-    "-w",
+    "-Wno-everything",
     "-Werror=vla",
     "-Werror=vla-extension",
     "-Werror=vla-cxx-extension",
@@ -198,9 +198,7 @@ _PARAMETER = re.compile(
 )
 _FUNCTION = re.compile(r"\b(\w+)\s*(?:<[^<>;{}()]*>\s*)?\([^;{}()]*\)\s*\{")
 _GLOBAL = re.compile(r"^(?:const|constexpr|static)\s[^;(){}]*=[^;]*;", re.MULTILINE)
-_GROUP_VARIABLE = re.compile(
-    r"[{}]|\bthreadgroup\s+[\w:]+(?:\s*<[^;{}]*?>)?\s+\w+\s*(?:\[[^;]*)?;"
-)
+_GROUP_VARIABLE = re.compile(r"[{}]|\bthreadgroup\s+[\w:]+(?:\s*<[^;{}]*?>)?\s+\w+\s*(?:\[[^;]*)?;")
 
 
 def lint(header: str, source: str, name: str = "kernel") -> list[Finding]:
