@@ -113,7 +113,7 @@ RULES = {
     ),
     "lambda": Rule(I + "auto f = [&](int x) { return x + 1; }; o[i] = T(f(2));", by(LINT)),
     "goto": Rule(I + "if (i > 3) goto e; o[i] = T(1); e: o[i] = T(2);", by(LINT)),
-    "new": Rule(I + "int* p = new int[2]; o[i] = T(p != nullptr);", by(LINT)),
+    "new": Rule(I + "int* p = new int[2]; p[i] = 1; o[i] = T(p[0]);", by(LINT, RUNNER)),
     "std::": Rule(I + "o[i] = T(std::max(1, 2));", by(SPACES, OPENCL, LINT, RUNNER)),
     "a word of CUDA": Rule(I + "__syncthreads(); o[i] = T(1);", by(SPACES, OPENCL, LINT, RUNNER)),
     "printf": Rule(I + 'printf("x"); o[i] = T(1);', by(LINT)),

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import symbols
-from .errors import KernelError
+from .errors import CompileError, KernelError
 from .source import (
     METAL_TYPES,
     Input,
@@ -157,7 +157,10 @@ def _runtime() -> ctypes.CDLL:
 @cache
 def _library(path: Path) -> _Library:
     _runtime()
-    handle = ctypes.CDLL(str(path))
+    try:
+        handle = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise CompileError(f"the kernel refers to what Metal does not have: {error}") from error
     entry = ctypes.cast(handle.msl_entry, ctypes.c_void_p).value or 0
     low, high = _image(path)
     return _Library(path, entry, low, high, handle)

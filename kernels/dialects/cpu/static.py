@@ -1,8 +1,8 @@
 """What can be said of a kernel's text without running it.
 
-Three readers, none of them Metal's compiler, each of which sees what the others miss: C++ with address
-spaces as attributes, C++ for OpenCL, and a lint of rules that neither language has (docs/runner.md
-says which rule is seen by whom).
+Three readers, none of them Metal's compiler, each of which sees what the others miss: C++ with
+address spaces as attributes, C++ for OpenCL, and a lint of rules that neither language has
+(docs/runner.md says which rule is seen by whom).
 """
 
 from __future__ import annotations

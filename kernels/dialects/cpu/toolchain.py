@@ -91,6 +91,11 @@ class Compiler:
             return ()
         return ("-mcpu=x86_64_v3",) if self.zig else ("-march=x86-64-v3",)
 
+    @property
+    def link_flags(self) -> tuple[str, ...]:
+        """A shared library without C++'s own."""
+        return ("-shared",) if self.zig else ("-shared", "-nostdlib++")
+
 
 @cache
 def _has_avx2() -> bool:
@@ -206,9 +211,9 @@ def runtime_library() -> Path:
         *COMMON_FLAGS,
         *compiler().machine_flags,
         "-ftls-model=initial-exec",
-        "-shared",
         "-pthread",
         "-fno-sanitize=undefined",
+        *compiler().link_flags,
     )
     target = cache_folder() / f"runtime_{_key(flags, RUNTIME.read_bytes())}.so"
     if not target.exists():
@@ -223,7 +228,7 @@ def kernel_library(text: str, check: bool) -> Path:
     Raises CompileError.
     """
     own = CHECK_FLAGS if check else ("-fno-sanitize=undefined",)
-    flags = (*KERNEL_FLAGS, *compiler().machine_flags, *own, "-shared")
+    flags = (*KERNEL_FLAGS, *compiler().machine_flags, *own, *compiler().link_flags)
     key = _key(flags, text.encode(), _prelude_hash())
     target = cache_folder() / f"kernel_{key}.so"
     if not target.exists():
