@@ -29,7 +29,7 @@ from .batch import Sampled
 from .cache import PagedCache
 from .caches import Retention
 from .errors import RuntimeRefusal
-from .extract import extract, length_of
+from .extract import check, extract, length_of
 from .memory import Footprint, Load
 from .sampling import Chooser, LogitsProcessor, Row, Sampler, choose
 from .scheduler import Brought, Job, Part, Scheduler
@@ -136,7 +136,9 @@ class Observer(Protocol):
 
 
 @dataclass(slots=True, eq=False)
-class _Job(Job):
+class Prepared(Job):
+    """A request that was checked, and all that is known of it while it runs."""
+
     name: int = -1
     request: Request = field(default_factory=lambda: Request(()))
     chooser: Chooser = field(default_factory=Chooser)
@@ -153,9 +155,9 @@ class _Job(Job):
 class _Flight:
     """A step that was launched: its parts, and tokens [S] of those that sample."""
 
-    parts: list[tuple[_Job, Part]]
-    sampling: list[tuple[_Job, Part, int, list[int]]]  # first row of the logits, guesses
-    places: dict[_Job, int]
+    parts: list[tuple[Prepared, Part]]
+    sampling: list[tuple[Prepared, Part, int, list[int]]]  # first row of the logits, guesses
+    places: dict[Prepared, int]
     tokens: mx.array | None
     logprobs: mx.array | None
     chosen: mx.array | None
@@ -213,8 +215,8 @@ class Engine:
         self._footprint: Footprint | None = None
         self._store: PagedStore | None = None
         self._scheduler: Scheduler | None = None
-        self._early: list[_Job] = []  # requests from before there was a pool
-        self._jobs: dict[int, _Job] = {}
+        self._early: list[Prepared] = []  # requests from before there was a pool
+        self._jobs: dict[int, Prepared] = {}
         self._flight: _Flight | None = None
         self._next = 0
         self._preemptions = 0
@@ -225,7 +227,14 @@ class Engine:
 
     def add(self, request: Request) -> int:
         """Take a request; returns its name. Raises RuntimeRefusal if it can never run."""
+        return self.enqueue(self.prepare(request))
+
+    def prepare(self, request: Request) -> Prepared:
+        """Check a request; nothing is changed. Raises RuntimeRefusal if it can never run."""
         job = self._job(request)
+        if job.brought is not None:
+            known = self._known()
+            check(known.specs, known, job.brought.caches, job.brought.length)
         capacity = self._possible(job) if self._elastic else self._capacity()
         if len(job.tokens) + 1 + request.keep > capacity:
             raise RuntimeRefusal(
@@ -234,7 +243,12 @@ class Engine:
                 "or give the caches more memory"
             )
         job.limit = min(job.limit, capacity)
+        return job
+
+    def enqueue(self, job: Prepared) -> int:
+        """Take a request that was prepared; returns its name."""
         job.name = self._next
+        job.arrived = time.perf_counter()
         self._next += 1
         self._jobs[job.name] = job
         if self._scheduler is None:
@@ -251,7 +265,7 @@ class Engine:
             self._end(job)
 
     def caches(self, name: int) -> tuple[list[Any], list[int]]:
-        """Prompt caches of what a request has computed, and the tokens they hold."""
+        """Prompt caches of what a request has computed, and the tokens; nothing if it waits."""
         job = self._jobs[name]
         if job.sequence < 0:
             return [], []
@@ -283,6 +297,17 @@ class Engine:
     def store(self) -> PagedStore | None:
         """The paged caches, once there are some."""
         return self._store
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the blocks that requests hold."""
+        if self._store is None:
+            return 0
+        cache, costs = self._store.cache, self._known().block_bytes
+        return sum(
+            costs[retention] * (cache.num_blocks(retention) - free)
+            for retention, free in cache.free_blocks.items()
+        )
 
     @property
     def capacity(self) -> int | None:
@@ -336,16 +361,16 @@ class Engine:
         if not planned:
             return None
         cache = self._store.cache
-        parts: list[tuple[_Job, Part]] = []
-        sampling: list[tuple[_Job, Part, int, list[int]]] = []
+        parts: list[tuple[Prepared, Part]] = []
+        sampling: list[tuple[Prepared, Part, int, list[int]]] = []
         tokens: dict[int, Any] = {}
         wanted: dict[int, list[int]] = {}
         rows: list[Row] = []
-        places: dict[_Job, int] = {}
+        places: dict[Prepared, int] = {}
         read = False
         for part in planned:
             job = part.job
-            assert isinstance(job, _Job)
+            assert isinstance(job, Prepared)
             parts.append((job, part))
             stop = part.start + part.count - part.drafted
             guesses, latest = job.draft[: part.drafted], None
@@ -417,6 +442,7 @@ class Engine:
                     result.tokens.append(event)
                 else:
                     job.last = event
+                    job.limit = len(job.tokens) + job.request.keep  # its own row, and no further
                     break
                 if token != guess:
                     break
@@ -428,7 +454,7 @@ class Engine:
         for job in [j for j in self._jobs.values() if j.last is not None]:
             self._close(job, result)
 
-    def _event(self, job: _Job, token: int, flight: _Flight, row: int, chosen: Any) -> Token:
+    def _event(self, job: Prepared, token: int, flight: _Flight, row: int, chosen: Any) -> Token:
         job.tokens.append(token)
         job.generated += 1
         self.stats.tokens += 1
@@ -442,7 +468,7 @@ class Engine:
             return Token(job.name, token, reason)
         return Token(job.name, token, reason, flight.logprobs[row], chosen[row])
 
-    def _close(self, job: _Job, result: Step) -> None:
+    def _close(self, job: Prepared, result: Step) -> None:
         """Give the last token, unless its row is still wanted and not computed yet."""
         event = job.last
         assert event is not None
@@ -457,7 +483,7 @@ class Engine:
             self._observer.finished(str(event.finish_reason))
         self._end(job)
 
-    def _end(self, job: _Job) -> None:
+    def _end(self, job: Prepared) -> None:
         job.done = True
         del self._jobs[job.name]
         if self._drafter is not None:
@@ -486,7 +512,7 @@ class Engine:
             if job.stops and job.computed == job.stops[0] and job not in busy:
                 job.stops.pop(0)
 
-    def _timed(self, job: _Job, now: float, count: int) -> None:
+    def _timed(self, job: Prepared, now: float, count: int) -> None:
         if self._observer is None:
             return
         if job.generated == count:
@@ -505,7 +531,7 @@ class Engine:
         texts = {
             job.name: job.tokens
             for job in running
-            if isinstance(job, _Job)
+            if isinstance(job, Prepared)
             and not job.chooser.alone
             and not job.nameless
             and job.last is None
@@ -519,7 +545,7 @@ class Engine:
             # The last of the request's tokens is never followed by anything.
             job.draft = guesses[: max(0, job.limit - len(job.tokens) - 1)]
 
-    def _cut_back(self, job: _Job, length: int) -> None:
+    def _cut_back(self, job: Prepared, length: int) -> None:
         """Forget the rows of guesses that were wrong."""
         assert self._store is not None
         if job.computed > length:
@@ -537,7 +563,7 @@ class Engine:
         rollback = 0 if self._drafter is None else self._drafter.most + 1
         return Load(self._max_running, self.max_rows, rollback)
 
-    def _job(self, request: Request) -> _Job:
+    def _job(self, request: Request) -> Prepared:
         if not len(request.prompt):
             raise RuntimeRefusal("an empty prompt: expected at least one token")
         if request.max_tokens < 1:
@@ -552,7 +578,7 @@ class Engine:
                 "said to be in them"
             )
         tokens = [UNKNOWN] * unknown + list(request.before) + list(request.prompt)
-        return _Job(
+        return Prepared(
             tokens=tokens,
             limit=len(tokens) + request.max_tokens + request.keep,
             stops=[unknown + len(request.before) + at for at in request.boundaries],
@@ -567,10 +593,9 @@ class Engine:
             ),
             matcher=None if request.stop is None else request.stop.matcher(),
             prompt=len(tokens),
-            arrived=time.perf_counter(),
         )
 
-    def _possible(self, job: _Job) -> int:
+    def _possible(self, job: Prepared) -> int:
         """The positions that a pool made for one request would have."""
         known, least = self._known(), len(job.tokens) + 1 + job.request.keep
         if job.limit <= ELASTIC_POSITIONS:
@@ -655,7 +680,7 @@ class Engine:
         sizes = memory.plan(self._known(), budget, self._load, wanted, least)
         self._make_store(sizes)
 
-    def _extract(self, job: _Job) -> tuple[list[Any], list[int]]:
+    def _extract(self, job: Prepared) -> tuple[list[Any], list[int]]:
         assert self._store is not None
         length = self._store.cache.length(job.sequence)
         return extract(self._store.cache, job.sequence), job.tokens[:length]

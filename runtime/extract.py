@@ -19,9 +19,6 @@ from .errors import RuntimeRefusal
 from .memory import Footprint
 from .views import Leaf, StateLeaf
 
-_PLAIN = (upstream.KVCache, upstream.ConcatenateKVCache)
-_KNOWN = (*_PLAIN, upstream.RotatingKVCache, upstream.ChunkedKVCache)
-
 
 def extract(cache: PagedCache, sequence: int) -> list[Any]:
     """The caches that the original model would have after the sequence's positions; evaluated."""
@@ -60,33 +57,51 @@ def length_of(caches: Sequence[Any]) -> int:
     return max(offsets, default=0)
 
 
-def restore(cache: PagedCache, footprint: Footprint, caches: Sequence[Any], length: int) -> int:
-    """A new sequence that begins with what prompt caches hold: `length` positions.
-
-    The caches stay as they are. Raises OutOfBlocks, and changes nothing, if there is no room;
-    RuntimeRefusal for a kind of cache that has no keys to copy.
-    """
-    if len(caches) != len(cache.specs):
+def check(
+    specs: Sequence[Spec | None], footprint: Footprint, caches: Sequence[Any], length: int
+) -> None:
+    """Raise RuntimeRefusal unless `restore` can make a sequence of these caches."""
+    if len(caches) != len(specs):
         raise RuntimeRefusal(
-            f"prompt caches: expected {len(cache.specs)} entries for this model, got {len(caches)}"
+            f"prompt caches: expected {len(specs)} entries for this model, got {len(caches)}"
         )
-    paged = {path: _at(caches, path) for path in sorted(footprint.entries)}
-    for path, entry in paged.items():
-        if not isinstance(entry, _KNOWN):
+    for path in sorted(footprint.entries):
+        entry = _at(caches, path)
+        spec = specs[path[0]]
+        for index in path[1:]:
+            assert spec is not None
+            spec = spec.parts[index]
+        assert spec is not None and spec.retention is not None
+        if type(entry) is not type(spec.original()):
             raise RuntimeRefusal(
-                f"prompt cache entry {path[0]} is a {type(entry).__name__}: expected one that "
-                "make_prompt_cache makes"
+                f"prompt cache entry {path[0]} is a {type(entry).__name__}: expected a "
+                f"{type(spec).__name__}, as make_prompt_cache makes it"
             )
         if int(entry.offset) != length:
             raise RuntimeRefusal(
                 f"prompt cache entry {path[0]} has {entry.offset} positions, expected {length}"
             )
+        if entry.keys is not None and entry.keys.shape[0] != 1:
+            raise RuntimeRefusal(f"prompt caches: expected one text, got {entry.keys.shape[0]}")
+        held = 0 if entry.keys is None else entry.keys.shape[2]
+        if held < length - spec.retention.first_needed(length):
+            raise RuntimeRefusal(
+                f"prompt cache entry {path[0]} holds {held} positions: too few for {spec}"
+            )
+
+
+def restore(cache: PagedCache, footprint: Footprint, caches: Sequence[Any], length: int) -> int:
+    """A new sequence that begins with what prompt caches hold, `length` positions; see `check`.
+
+    The caches stay as they are. Raises OutOfBlocks, and changes nothing, if there is no room.
+    """
     sequence = cache.begin(length)
     cache.open_step()
-    for path, entry in paged.items():
+    for path in sorted(footprint.entries):
         leaf = cache.leaves[path]
         write = leaf.pool.write_latents if path in footprint.latents else leaf.pool.write
-        _to_blocks(cache, leaf, entry, length, write, cache.tables(sequence)[leaf.group])
+        table = cache.tables(sequence)[leaf.group]
+        _to_blocks(cache, leaf, _at(caches, path), length, write, table)
     for path in sorted(footprint.states):
         cache.states[path].table.restore(sequence, _at(caches, path).cache)
     known = {*footprint.entries, *footprint.states}
@@ -162,12 +177,8 @@ def _to_blocks(
     else:
         used = length - getattr(entry, "start_position", 0)
         keys, values = keys[..., :used, :], values[..., :used, :]
-    if keys.shape[0] != 1:
-        raise RuntimeRefusal(f"prompt caches: expected one sequence, got {keys.shape[0]}")
     count = min(keys.shape[2], length - table.dropped * cache.block_size)
-    if count < min(length, length - leaf.retention.first_needed(length)):
-        raise RuntimeRefusal(f"a prompt cache lacks positions that a window of {leaf.spec} sees")
-    if count == 0:
+    if count <= 0:  # a new chunk begins
         return
     ragged = Ragged.build([count], [length], [table.blocks], cache.block_size, [table.dropped])
     keys, values = (rows[..., -count:, :].transpose(2, 1, 0, 3) for rows in (keys, values))

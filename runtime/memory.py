@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 
 from .cache import PagedCache, cache_retentions
-from .caches import Retention
+from .caches import Retention, Spec
 from .errors import RuntimeRefusal
 
 SHARE = 0.9  # of a GPU's memory that weights and blocks may take together; the rest is activations
@@ -30,6 +30,7 @@ class Footprint:
     block_bytes: Mapping[Retention, int]
     entries: frozenset[tuple[int, ...]]
     everything: bool
+    specs: Sequence[Spec | None]
     states: frozenset[tuple[int, ...]] = frozenset()
     state_bytes: int = 0
     latents: frozenset[tuple[int, ...]] = frozenset()
@@ -48,7 +49,16 @@ def footprint(model: object, block_size: int, dtype: mx.Dtype | None = None) -> 
     size = sum(array.nbytes for leaf in slots.values() for array in leaf.table.arrays())
     everything = cache.pages_everything
     latents = frozenset(key for key, leaf in made if leaf.pool.rank is not None)
-    return Footprint(block_size, costs, entries, everything, frozenset(slots), size, latents)
+    return Footprint(
+        block_size,
+        costs,
+        entries,
+        everything,
+        cache.specs,
+        frozenset(slots),
+        size,
+        latents,
+    )
 
 
 def device_memory() -> int:

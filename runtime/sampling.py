@@ -14,6 +14,17 @@ Sampler = Callable[[mx.array], mx.array]
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Seeded:
+    """A sampler with draws of its own, for callers who have no other place for a seed."""
+
+    sampler: Sampler
+    seed: int
+
+    def __call__(self, logprobs: mx.array) -> mx.array:
+        raise TypeError("a seeded sampler is taken apart by the batch generator")
+
+
 @dataclass(slots=True, eq=False)
 class Chooser:
     """How one request's tokens are chosen, and what that depends on.

@@ -119,7 +119,7 @@ def run(seed: int, pairs: Pairs) -> Outcome:
         max_running=min(rows, chance.choice((1, 3, 8, 8))),
         reuse=chance.random() < 0.9,
         drafter=drafter,
-        poison=chance.random() < 0.3,
+        poison=chance.random() < 0.1,
         shuffle_seed=chance.choice((None, seed)),
     )
     by_name: dict[int, _Wanted] = {}
