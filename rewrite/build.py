@@ -60,10 +60,40 @@ def build(
     rest = [name for name in modules if name not in done]
     for built in _compile_all(package, rest, jobs):
         done[built.module] = built
-        if store is not None and not built.errors:
-            store.keep(built)
         progress(built.module)
-    return [done[name] for name in modules]
+    settled = _settled(package, [done[name] for name in modules])
+    for built in settled:
+        if store is not None and not built.errors and not built.cached:
+            store.keep(built)
+    return settled
+
+
+def _settled(package: Package, found: list[Built]) -> list[Built]:
+    """The modules, with an error where a file that one was made from has changed since."""
+    now: dict[str, str | None] = {}
+    settled = []
+    for built in found:
+        for module, _ in built.inputs:
+            if module not in now:
+                now[module] = _current(package, module)
+        other = next((name for name, digest in built.inputs if now[name] != digest), None)
+        if other is not None:
+            message = f"{built.module}: {other} changed while it was read; run it again"
+            settled.append(Built(built.module, None, None, (error("changed", message),)))
+        else:
+            settled.append(built)
+    return settled
+
+
+def _current(package: Package, module: str) -> str | None:
+    """The hash of a module's file as it is now."""
+    inside = module == package.name or module.startswith(f"{package.name}.")
+    found = package if inside else installed_package(module)
+    path = found.path_of(module) if found is not None else None
+    try:
+        return sha256(path.read_bytes()).hexdigest() if path is not None else None
+    except OSError:
+        return None
 
 
 def with_siblings(
@@ -181,10 +211,7 @@ class Store:
 
     def hash_of(self, module: str) -> str | None:
         if module not in self.hashes:
-            inside = module == self.package.name or module.startswith(f"{self.package.name}.")
-            package = self.package if inside else installed_package(module)
-            path = package.path_of(module) if package is not None else None
-            self.hashes[module] = sha256(path.read_bytes()).hexdigest() if path else None
+            self.hashes[module] = _current(self.package, module)
         return self.hashes[module]
 
 

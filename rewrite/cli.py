@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from . import __version__
 from .build import Built, build, diagnostic_json, with_siblings
-from .diagnostics import render
+from .diagnostics import error, render
 from .passes.write import Difference, compare, write
 from .sources import Package, Request, SourceError, locate
 
@@ -99,6 +99,8 @@ def _rewrite_options(words: list[str]) -> Options:
         raise UsageError("--upstream goes with --diff")
     if got.jobs < 1:
         raise UsageError("--jobs takes a number from 1")
+    if "\0" in f"{got.out}{got.report}":
+        raise UsageError("a file name cannot hold a null byte")
     mode = "check" if got.check else "diff" if got.diff else "write"
     mode = "upstream" if got.upstream else mode
     sources = tuple(got.sources) or (DEFAULT_SOURCE,)
@@ -118,6 +120,8 @@ def rewrite(options: Options) -> int:
         folder = options.out or default_folder(request.package)
         if len(requests) > 1 and options.out is not None:
             folder = options.out / _folder_name(request.package)
+        if whole:
+            built += [_unusable(*found) for found in request.package.unusable()]
         status = max(status, _finish(request.package, built, folder, whole, options))
         report += [_report_row(item) for item in built]
     if options.report is not None:
@@ -176,6 +180,11 @@ def _build(package: Package, modules: list[str], options: Options, whole: bool) 
         )
 
 
+def _unusable(shown: str, problem: str) -> Built:
+    """What looks like a model file and cannot be one is an error, never left out in silence."""
+    return Built(shown, None, None, (error("unreadable", f"{shown}: {problem}"),))
+
+
 def _finish(
     package: Package, built: list[Built], folder: Path, whole: bool, options: Options
 ) -> int:
@@ -186,6 +195,9 @@ def _finish(
             outputs[f"{name}.json"] = item.manifest
         if item.code is not None:
             outputs[f"{name}.py"] = item.code
+            source = package.path_of(item.module)
+            if source is not None and (folder / f"{name}.py").resolve() == source.resolve():
+                raise UsageError(f"-o {folder}: the output would replace its own source {source}")
     errors = [problem for item in built for problem in item.errors]
     for problem in errors:
         print(render(problem), file=sys.stderr)

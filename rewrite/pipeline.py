@@ -51,9 +51,9 @@ class Compiler:
         merged = {cls: verdict_ for group in judged.values() for cls, verdict_ in group.items()}
         verdicts = self.verdicts(program, reached, merged)
         planned = plan(program, module, merged, verdicts, self.generated(reached))
-        emitted = emit(module, planned, self.package.upstream)
-        problems = verify(module, planned, emitted)
         inputs = tuple(sorted((m.source.module, m.source.sha256) for m in reached))
+        emitted = emit(module, planned, self.package.upstream, inputs)
+        problems = verify(module, planned, emitted)
         return Compiled(name, emitted if not problems else None, problems, inputs)
 
     def load(self, name: str) -> ModuleFacts | None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.machinery import PathFinder
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 
 from .ir import Source
+
+LARGEST = 4 << 20  # bytes of one file; the largest of mlx_lm has 60 thousand
 
 
 class SourceError(Exception):
@@ -32,13 +37,13 @@ class Package:
         """The file of a dotted module name inside the package."""
         if module == self.name:
             candidate = self.root / "__init__.py"
-            return candidate if candidate.is_file() else None
+            return candidate if _is_file(candidate) else None
         if not module.startswith(f"{self.name}."):
             return None
         parts = module[len(self.name) + 1 :].split(".")
         base = self.root.joinpath(*parts)
         for candidate in (base.with_name(base.name + ".py"), base / "__init__.py"):
-            if candidate.is_file():
+            if _is_file(candidate):
                 return candidate
         return None
 
@@ -50,28 +55,82 @@ class Package:
         return ".".join([self.name, *parts])
 
     def modules(self) -> list[str]:
-        """Dotted names of all modules, sorted; links that lead out of the folder are left out."""
-        found = []
+        """Dotted names of all modules, sorted."""
+        return sorted(self.module_of(path) for path, problem in self._walk() if problem is None)
+
+    def unusable(self) -> list[tuple[str, str]]:
+        """What looks like a module and is none: paths as shown, and why, sorted."""
+        return sorted(
+            (printable(f"{self.shown}/{path.relative_to(self.root).as_posix()}"), problem)
+            for path, problem in self._walk()
+            if problem is not None
+        )
+
+    def _walk(self) -> Iterator[tuple[Path, str | None]]:
+        """Every `*.py` of the folder; with a reason where it cannot be a module of the package."""
         root = self.root.resolve()
         for folder, folders, files in os.walk(self.root, followlinks=False):
-            folders[:] = sorted(f for f in folders if not f.startswith((".", "__pycache__")))
+            entered = []
+            for name in sorted(folders):
+                path = Path(folder) / name
+                if name.endswith(".py"):
+                    yield path, "a folder, not a file"
+                elif not name.startswith((".", "__pycache__")) and not path.is_symlink():
+                    if _problem_of_name(name) is None:
+                        entered.append(name)
+            folders[:] = entered
             for name in sorted(files):
                 path = Path(folder) / name
-                if name.endswith(".py") and path.resolve().is_relative_to(root):
-                    found.append(self.module_of(path))
-        return sorted(found)
+                if name.endswith(".py"):
+                    yield path, _problem_of_name(name[:-3]) or _problem_of_file(path, root)
 
     def read(self, module: str) -> Source | None:
         """The source of a module, or None if it is not in the package.
 
         Raises:
-            OSError: if the file cannot be read.
+            OSError: if the file cannot be read, or is larger than any source of a model.
         """
         path = self.path_of(module)
         if path is None:
             return None
+        if (size := path.stat().st_size) > LARGEST:
+            raise OSError(errno.EFBIG, f"{size} bytes, more than the {LARGEST} a source may have")
         shown = f"{self.shown}/{path.relative_to(self.root).as_posix()}"
         return Source.of(module, shown, path.read_bytes(), is_package=path.name == "__init__.py")
+
+
+def _is_file(path: Path) -> bool:
+    """False for names that the file system cannot have, too."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def printable(text: str) -> str:
+    """A path as one line that every terminal takes: odd characters are escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _problem_of_name(stem: str) -> str | None:
+    """Why a file name is no module name. mlx_lm imports by name, so `lfm2-vl` is one."""
+    if "." in stem or not stem:
+        return "a dot in its name: it cannot be imported"
+    if not stem.isprintable() or any(c in stem for c in "\\/:") or stem != stem.strip():
+        return "its name has characters that no module name has"
+    return None
+
+
+def _problem_of_file(path: Path, root: Path) -> str | None:
+    if not path.is_symlink():
+        return None if path.is_file() else "not a regular file"
+    try:
+        target = path.resolve(strict=True)
+    except (OSError, RuntimeError):  # RuntimeError: a circle of links, before Python 3.13
+        return "a link that leads nowhere"
+    if not target.is_relative_to(root):
+        return "a link that leads out of the folder"
+    return None if target.is_file() else "not a regular file"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +148,15 @@ def locate(text: str) -> Request:
         SourceError: if it is neither a folder, nor a Python file, nor an installed module.
     """
     path = Path(text)
+    if "\0" in text or len(text) > 4096:
+        raise SourceError(f"{printable(text)[:200]}: not a name of anything")
     if path.is_dir():
         return Request(_package_at(path), None)
     if path.is_file():
         if path.suffix != ".py":
             raise SourceError(f"{text}: not a Python file")
+        if (problem := _problem_of_name(path.name[:-3])) is not None:
+            raise SourceError(f"{printable(text)}: {problem}")
         package = _package_at(path.parent)
         return Request(package, (package.module_of(package.root / path.name),))
     if path.suffix == ".py" or os.sep in text:
@@ -143,7 +206,7 @@ def _release(name: str, folder: Path) -> str:
     locations = list(spec.submodule_search_locations or []) if spec is not None else []
     if not any(folder.resolve().is_relative_to(Path(place).resolve()) for place in locations):
         return ""
-    for distribution in packages_distributions().get(top, [top]):
+    for distribution in _distributions().get(top, [top]):
         try:
             return f"{distribution} {version(distribution)}"
         except PackageNotFoundError:
@@ -151,10 +214,20 @@ def _release(name: str, folder: Path) -> str:
     return ""
 
 
+@cache
+def _distributions() -> Mapping[str, list[str]]:
+    """Reading the metadata of everything that is installed takes a second."""
+    return packages_distributions()
+
+
 def installed_package(module: str) -> Package | None:
     """The installed package a dotted module lies in, for imports of other packages."""
-    parent = module.rsplit(".", 1)[0]
+    return _package_named(module.rsplit(".", 1)[0]) if "." in module else None
+
+
+@cache
+def _package_named(name: str) -> Package | None:
     try:
-        return locate(parent).package if "." in module else None
+        return locate(name).package
     except SourceError:
         return None

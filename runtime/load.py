@@ -16,7 +16,7 @@ from mlx_lm import utils as upstream
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .errors import BadModel, RuntimeRefusal
-from .manifest import generated_folder, load_generated
+from .manifest import generated_folder, load_generated, load_own
 
 BROKEN = (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, AssertionError)
 
@@ -85,9 +85,14 @@ def load_model(
             "trust_remote_code=True if you trust it"
         )
 
+    own = {"model_file": config.get("model_file")}
+
     def classes(config: dict[str, Any]) -> tuple[Any, Any]:
+        asked = {**config, **own}  # mlx_lm is told below that there is no such file
         module = (
-            original_module(config, folder) if original else rewritten_module(config, generated)
+            original_module(asked, folder)
+            if original
+            else rewritten_module(asked, generated, folder)
         )
         return module.Model, module.ModelArgs
 
@@ -168,9 +173,13 @@ def module_name(config: dict[str, Any]) -> str:
     return str(upstream.MODEL_REMAPPING.get(model_type, model_type))
 
 
-def rewritten_module(config: dict[str, Any], generated: str | Path | None = None) -> ModuleType:
-    """The rewritten model file for a config."""
+def rewritten_module(
+    config: dict[str, Any], generated: str | Path | None = None, checkpoint: Path | None = None
+) -> ModuleType:
+    """The rewritten model file for a config; of the `checkpoint`'s own file if it brings one."""
     folder, name = generated_folder(generated), module_name(config)
+    if config.get("model_file") is not None and checkpoint is not None:
+        return load_own(folder, checkpoint / str(config["model_file"]))
     if not (folder / f"{name}.json").is_file() and config.get("model_file") is None:
         known = Path(str(upstream.__file__)).parent / "models" / f"{name}.py"
         if not known.is_file() and generated is None:

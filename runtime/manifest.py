@@ -7,9 +7,12 @@ import importlib.util
 import json
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from hashlib import sha256
 from importlib.machinery import ModuleSpec
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,6 +32,7 @@ class Manifest:
     upstream: str
     api: int
     source_sha256: str
+    reads_sha256: tuple[tuple[str, str], ...]
     output_sha256: str | None
     route: str
     refused: tuple[str, ...]
@@ -57,13 +61,43 @@ def load_generated(folder: Path, module: str) -> ModuleType:
         NotGenerated: a file is missing, stale, or not what the compiler wrote; the text names the
             command that fixes it.
     """
-    name = _package(folder.resolve())
     check(folder, module)
+    name = _package(folder.resolve())
     return importlib.import_module(f"{name}.{module}")
 
 
+def load_own(folder: Path, source: Path) -> ModuleType:
+    """The rewritten form of a checkpoint's own model file, `source`, from a generated folder.
+
+    Raises:
+        NotGenerated: as `load_generated`, and if the file of that name was made from another source
+            than this one.
+    """
+    module = source.stem
+    fix = f"run `mlxrewrite {source} -o {folder}`"
+    if not source.is_file():
+        raise NotGenerated(f"{source}: no such file")
+    if not (folder / f"{module}.json").is_file():
+        raise NotGenerated(f"{source} is not rewritten: no {folder / module}.json; {fix}")
+    if check(folder, module).source_sha256 != _digest(source):
+        raise NotGenerated(f"{folder / module}.py was not made from {source}; {fix}")
+    return load_generated(folder, module)
+
+
 def check(folder: Path, module: str) -> Manifest:
-    """Compare a generated file with its manifest, and the manifest with what is installed."""
+    """Compare a generated file with its manifest, and the manifest with what is installed.
+
+    Raises:
+        NotGenerated: the file is missing, was edited, was made from other sources or another
+            release than what is installed, or the compiler refused the model.
+    """
+    return _checked(folder, module)[0]
+
+
+def _checked(folder: Path, module: str) -> tuple[Manifest, bytes]:
+    """The manifest and the very bytes that were compared with it: only these may be run."""
+    if not module or module.startswith(".") or any(c in module for c in "/\\\0:"):
+        raise NotGenerated(f"{module!r} is not the name of a model file")
     path, record = folder / f"{module}.py", folder / f"{module}.json"
     if not record.is_file():
         raise NotGenerated(f"{module} is not rewritten: no {record}; {_fix('', folder)}")
@@ -73,23 +107,65 @@ def check(folder: Path, module: str) -> Manifest:
             f"{record} is for runtime API {manifest.api}, this runtime has {API}; "
             f"{_fix(manifest.module, folder)}"
         )
-    source = _source(manifest.module)
-    if source is not None and _digest(source) != manifest.source_sha256:
+    if manifest.module.rpartition(".")[2] != module:
         raise NotGenerated(
-            f"{path} was made from another version of {source} ({manifest.upstream}); "
+            f"{record} is the manifest of {manifest.module}, not of {module}; "
             f"{_fix(manifest.module, folder)}"
         )
+    _check_sources(path, manifest, folder)
     if manifest.output_sha256 is None:
         why = "; ".join(manifest.refused) or "no reason recorded"
         raise NotGenerated(f"{manifest.module} was refused by the compiler: {why}")
     if not path.is_file():
         raise NotGenerated(f"{module} is not rewritten: no {path}; {_fix(manifest.module, folder)}")
-    if _digest(path) != manifest.output_sha256:
+    try:
+        data = path.read_bytes()
+    except OSError as problem:
+        raise NotGenerated(f"{path}: {problem.strerror}; {_fix(manifest.module, folder)}") from None
+    if sha256(data).hexdigest() != manifest.output_sha256:
         raise NotGenerated(
             f"{path} is not the file that its manifest describes: it is stale, or was edited; "
             f"{_fix(manifest.module, folder)}"
         )
-    return manifest
+    return manifest, data
+
+
+def _check_sources(path: Path, manifest: Manifest, folder: Path) -> None:
+    """The file was made from what is installed: its source, all that was read for it, the release.
+
+    Raises:
+        NotGenerated: naming the first that differs.
+    """
+    installed = _release(manifest.module)
+    if manifest.upstream and installed and installed != manifest.upstream:
+        raise NotGenerated(
+            f"{path} was made from {manifest.upstream}, and {installed} is installed; "
+            f"{_fix(manifest.module, folder)}"
+        )
+    for name, digest in ((manifest.module, manifest.source_sha256), *manifest.reads_sha256):
+        source = _source(name)
+        if source is not None and _digest(source) != digest:
+            release = f" ({manifest.upstream})" if manifest.upstream else ""
+            raise NotGenerated(
+                f"{path} was made from another version of {source}{release}; "
+                f"{_fix(manifest.module, folder)}"
+            )
+
+
+def _release(module: str) -> str:
+    """`mlx-lm 0.32.2` for a module of an installed distribution, else nothing."""
+    top = module.partition(".")[0]
+    for distribution in _distributions().get(top, [top]):
+        try:
+            return f"{distribution} {version(distribution)}"
+        except PackageNotFoundError:
+            continue
+    return ""
+
+
+@cache
+def _distributions() -> Mapping[str, list[str]]:
+    return packages_distributions()
 
 
 def _installed() -> Path:
@@ -100,17 +176,22 @@ def _read(record: Path) -> Manifest:
     try:
         got: dict[str, Any] = json.loads(record.read_bytes())
         refused = [d["message"] for item in got["refused"] for d in item["diagnostics"]]
+        if not isinstance(got["module"], str) or not got["module"].rpartition(".")[2]:
+            raise ValueError("no module name")
         return Manifest(
             got["module"],
             got["upstream"],
             got["api"],
             got["source_sha256"],
+            tuple(sorted(got["reads_sha256"].items())),
             got["output_sha256"],
             got["route"],
             tuple(refused),
         )
-    except (ValueError, KeyError, TypeError) as problem:
-        raise NotGenerated(f"{record} is not a manifest: {problem!r}; {_fix('', record)}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+        raise NotGenerated(
+            f"{record} is not a manifest: {problem!r}; {_fix('', record.parent)}"
+        ) from None
 
 
 def _fix(module: str, folder: Path) -> str:
@@ -133,7 +214,24 @@ def _source(module: str) -> Path | None:
 
 
 def _digest(path: Path) -> str:
-    return sha256(path.read_bytes()).hexdigest()
+    try:
+        return sha256(path.read_bytes()).hexdigest()
+    except OSError as problem:
+        raise NotGenerated(f"{path}: {problem.strerror}") from None
+
+
+class _Loader(importlib.abc.Loader):
+    """Runs the bytes that were checked: a file may change in between, and `__pycache__` is not
+    covered by any hash, so neither is read."""
+
+    def __init__(self, data: bytes, path: Path) -> None:
+        self.data, self.path = data, path
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        exec(compile(self.data, str(self.path), "exec", dont_inherit=True), module.__dict__)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -154,8 +252,12 @@ class _Finder(importlib.abc.MetaPathFinder):
         parent, _, module = fullname.rpartition(".")
         if parent != self.name:
             return None
-        self.loaded[module] = check(self.folder, module).output_sha256
-        return importlib.util.spec_from_file_location(fullname, self.folder / f"{module}.py")
+        manifest, data = _checked(self.folder, module)
+        self.loaded[module] = manifest.output_sha256
+        path = self.folder / f"{module}.py"
+        spec = ModuleSpec(fullname, _Loader(data, path), origin=str(path))
+        spec.has_location = True
+        return spec
 
     def changed(self) -> bool:
         """Whether a loaded file is another one by now."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import unified_diff
 from pathlib import Path
@@ -40,12 +41,22 @@ def compare(folder: Path, outputs: Mapping[str, bytes], *, whole: bool) -> list[
         elif old != new:
             found.append(Difference(name, "stale", old, new))
     if whole and folder.is_dir():
-        for path in sorted(folder.rglob("*")):
+        for path in sorted(_files(folder)):
             name = path.relative_to(folder).as_posix()
             generated = path.suffix in (".py", ".json") and path.name != "__init__.py"
-            if path.is_file() and generated and name not in outputs and _is_ours(path):
+            if generated and name not in outputs and _is_ours(path):
                 found.append(Difference(name, "orphan", path.read_bytes(), b""))
     return found
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Regular files below a folder; links are somebody else's."""
+    for inside, folders, files in os.walk(folder, followlinks=False):
+        folders[:] = [name for name in folders if not Path(inside, name).is_symlink()]
+        for name in files:
+            path = Path(inside, name)
+            if path.is_file() and not path.is_symlink():
+                yield path
 
 
 def _is_ours(path: Path) -> bool:
@@ -57,9 +68,13 @@ def _is_ours(path: Path) -> bool:
 def write(folder: Path, differences: list[Difference]) -> None:
     """Bring the folder up to date: each file whole or not at all.
 
+    Nothing outside the folder is written, whatever names and links there are.
+
     Raises:
         OSError: if the folder cannot be written; files already replaced stay valid.
     """
+    for difference in differences:
+        _inside(folder, difference.name)
     folder.mkdir(parents=True, exist_ok=True)
     for difference in differences:
         path = folder / difference.name
@@ -72,6 +87,24 @@ def write(folder: Path, differences: list[Difference]) -> None:
             if not init.exists():
                 _replace(init, b'"""Rewritten models (build output) and their manifests."""\n')
         _replace(path, difference.new)
+
+
+def _inside(folder: Path, name: str) -> None:
+    """Refuse a name that leads out of the folder, by itself or through a link.
+
+    Raises:
+        OSError: with the place that is outside.
+    """
+    parts = name.split("/")
+    if any(part in ("", ".", "..") or "\\" in part or "\0" in part for part in parts):
+        raise OSError(errno.EINVAL, "not a name inside the output folder", str(folder / name))
+    place = folder
+    for part in parts[:-1]:
+        place /= part
+        if place.is_symlink():
+            raise OSError(errno.ELOOP, "a link inside the output folder", str(place))
+    if (folder / name).is_dir() and not (folder / name).is_symlink():
+        raise OSError(errno.EISDIR, "a folder stands where a file goes", str(folder / name))
 
 
 def _replace(path: Path, data: bytes) -> None:
