@@ -19,10 +19,8 @@ from __future__ import annotations
 import mlx.core as mx
 from mlx import nn
 
-from . import launch
-from .delta_specs import delta_step_spec, supports
-from .render import render
-from .triangles import assembled, decayed_squares, inverse, squares_of
+from .state_step import state_step
+from .triangles import assembled, decayed_squares, fades, inverse, squares_of
 
 CHUNK = 64
 
@@ -36,17 +34,19 @@ def delta_rule(
     state: mx.array | None = None,
     *,
     chunk: int = CHUNK,
+    kernels: bool = True,
 ) -> tuple[mx.array, mx.array]:
     """Outputs and the state after the last token.
 
     q, k [N, L, Hk, Dk]; v [N, L, Hv, Dv], Hv a multiple of Hk; log_decay [N, L, Hv] or
     [N, L, Hv, Dk], at most 0; beta [N, L, Hv]; state [N, Hv, Dv, Dk], None for zeros. Returns
-    y [N, L, Hv, Dv] in the type of q and the state in float32 (or its own type).
+    y [N, L, Hv, Dv] in the type of q and the state in its own. Kernels cannot be differentiated:
+    without `kernels` none is used.
     """
     if state is None:
         state = mx.zeros((v.shape[0], v.shape[2], v.shape[3], k.shape[3]), mx.float32)
     if q.shape[1] == 1:
-        return _step(q, k, v, log_decay, beta, state)
+        return state_step(q, k, v, log_decay, beta, state, kernels=kernels)
     return _chunked(q, k, v, log_decay, beta, state, chunk)
 
 
@@ -82,60 +82,9 @@ def delta_loop(
     for t in range(q.shape[1]):
         now = slice(t, t + 1)
         token = q[:, now], k[:, now], v[:, now], log_decay[:, now], beta[:, now]
-        y, state = _plain_step(*token, state)
+        y, state = state_step(*token, state, kernels=False)
         outputs.append(y)
     return mx.concatenate(outputs, axis=1), state
-
-
-# -------------------------------------------------------------------------------------- one token
-
-
-def _step(
-    q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    log_decay: mx.array,
-    beta: mx.array,
-    state: mx.array,
-) -> tuple[mx.array, mx.array]:
-    if launch.active() is None or supports(q, k, v, state) is not None:
-        return _plain_step(q, k, v, log_decay, beta, state)
-    spec = delta_step_spec(q, k, v, per_channel=log_decay.ndim == 4)
-    groups = state.shape[0] * state.shape[1] * state.shape[2] // (spec.rows * spec.simdgroups)
-    inputs = {
-        "queries": q,
-        "keys": k.astype(q.dtype),
-        "values": v.astype(q.dtype),
-        "decay": mx.exp(log_decay.astype(mx.float32)),
-        "beta": beta.astype(mx.float32),
-        "state": state,
-    }
-    y, new = render(spec)(
-        inputs,
-        [(v.shape, q.dtype), (state.shape, state.dtype)],
-        groups=groups,
-        threads=32 * spec.simdgroups,
-    )
-    return y, new
-
-
-def _plain_step(
-    q: mx.array,
-    k: mx.array,
-    v: mx.array,
-    log_decay: mx.array,
-    beta: mx.array,
-    state: mx.array,
-) -> tuple[mx.array, mx.array]:
-    """One token of every sequence, L = 1."""
-    repeat = v.shape[2] // k.shape[2]
-    query, key = (mx.repeat(x[:, 0], repeat, axis=1)[:, :, None].astype(mx.float32) for x in (q, k))
-    decay = mx.exp(log_decay[:, 0].astype(mx.float32))
-    decay = decay[:, :, None] if decay.ndim == 3 else decay[:, :, None, None]
-    kept = state * decay
-    given = (v[:, 0].astype(mx.float32) - (kept * key).sum(-1)) * beta[:, 0, :, None]
-    new = kept + given[..., None] * key
-    return (new * query).sum(-1)[:, None].astype(q.dtype), new.astype(state.dtype)
 
 
 # ----------------------------------------------------------------------------------------- chunks
@@ -155,30 +104,23 @@ def _chunked(
     heads, key_heads = v.shape[2], k.shape[2]
     # Padding writes nothing (beta 0, k 0) and keeps the state (decay 1).
     q, k, v, g, b = (_cut(x, size) for x in (q, k, v, log_decay, beta))
-    g = mx.cumsum(g, axis=-2 if log_decay.ndim == 4 else -1)  # [N, Hv, chunks, C(, Dk)]
     if log_decay.ndim == 4:
         q, k = (mx.repeat(x, heads // key_heads, axis=1) for x in (q, k))
-        inside = decayed_squares(q, k, g)
-        scores = assembled((q * k).sum(-1), inside)
-        strength = b[..., None]
-        system = [s * cut for s, cut in zip(decayed_squares(k, k, g), _rows(strength), strict=True)]
-        grown = mx.exp(g)
-        shrunk = mx.exp(g[..., -1:, :] - g)
-        queries, keys, last = q * grown, k * grown, mx.exp(g[..., -1:, :])
-        writing = k * shrunk
+        scores = assembled((q * k).sum(-1), decayed_squares(q, k, g))
+        squares = zip(decayed_squares(k, k, g), _rows(b[..., None]), strict=True)
+        system = [square * strength for square, strength in squares]
+        grown = mx.exp(mx.cumsum(g, axis=-2))
+        queries, keys, last = q * grown, k * grown, grown[..., -1:, :]
+        writing = k * mx.exp(mx.cumsum(g, axis=-2, reverse=True, inclusive=False))
     else:
-        group = (x.reshape(x.shape[0], key_heads, -1, *x.shape[2:]) for x in (g, b))
-        by_key_head, strengths = group
-        fade = by_key_head[..., :, None] - by_key_head[..., None, :]
-        fade = mx.exp(mx.minimum(fade, 0)) * mx.tril(mx.ones((size, size)))
+        g, strength = (x.reshape(x.shape[0], key_heads, -1, *x.shape[2:]) for x in (g, b))
+        fade, grown = fades(g), mx.exp(mx.cumsum(g, axis=-1))[..., None]
         q, k = q[:, :, None], k[:, :, None]
         scores = _flat((q @ k.swapaxes(-1, -2)) * fade)
-        products = _flat((k @ k.swapaxes(-1, -2)) * fade * strengths[..., None])
-        system = squares_of(products)
-        grown = mx.exp(by_key_head)[..., None]
-        shrunk = mx.exp(by_key_head[..., -1:] - by_key_head)[..., None]
+        system = squares_of(_flat((k @ k.swapaxes(-1, -2)) * fade * strength[..., None]))
+        shrunk = fade[..., -1, :, None]
         queries, keys, writing = (_flat(x) for x in (q * grown, k * grown, k * shrunk))
-        last = mx.exp(g[..., -1:])[..., None]
+        last = _flat(grown[..., -1:, :])
     solved = inverse(system, b)
     values = solved @ (v * b[..., None])
     weights = solved @ (keys * b[..., None])

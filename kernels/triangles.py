@@ -23,23 +23,35 @@ def _grown(first: mx.array, below: mx.array, second: mx.array) -> mx.array:
     return mx.concatenate([top, mx.concatenate([below, second], axis=-1)], axis=-2)
 
 
-def decayed_squares(rows: mx.array, keys: mx.array, decay: mx.array) -> list[mx.array]:
-    """`sum_d rows[i, d] keys[j, d] exp(decay[i, d] - decay[j, d])` where i is behind j.
+def decayed_squares(rows: mx.array, keys: mx.array, log_decay: mx.array) -> list[mx.array]:
+    """`sum_d rows[i, d] keys[j, d] exp(sum over j < t <= i of log_decay[t, d])` where i is behind j.
 
-    rows, keys [..., C, D]; decay [..., C, D], sums of logarithms, never rising along C, a power of
-    two. Returns the squares [..., C / (2 s), s, s] below the diagonal for s = 1, 2, 4, ..., C / 2.
+    rows, keys, log_decay [..., C, D], C a power of two, logarithms at most 0. Returns the squares
+    [..., C / (2 s), s, s] below the diagonal for s = 1, 2, 4, ..., C / 2.
     """
     found, size = [], 1
     while size < rows.shape[-2]:
         _, late = _halves(rows, size)
         early, _ = _halves(keys, size)
-        before, after = _halves(decay, size)
-        middle = before[..., -1:, :]
-        late = late * mx.exp(after - middle)
-        early = early * mx.exp(middle - before)
+        before, after = _halves(log_decay, size)
+        # From the key to the middle, and from there to the row: sums of few terms, both at most 0.
+        late = late * mx.exp(mx.cumsum(after, axis=-2))
+        early = early * mx.exp(mx.cumsum(before, axis=-2, reverse=True, inclusive=False))
         found.append(late @ early.swapaxes(-1, -2))
         size *= 2
     return found
+
+
+def fades(log_decay: mx.array) -> mx.array:
+    """`exp(sum over j < t <= i of log_decay[t])` for i >= j, else 0: [..., C] -> [..., C, C].
+
+    Each sum has only its own terms: differences of long sums would lose what strong decays leave.
+    """
+    size = log_decay.shape[-1]
+    below = mx.tril(mx.ones((size, size), mx.bool_), -1)
+    steps = mx.where(below, log_decay[..., :, None], 0)
+    sums = mx.exp(mx.cumsum(steps, axis=-2))
+    return mx.where(mx.tril(mx.ones((size, size), mx.bool_)), sums, 0)
 
 
 def squares_of(matrix: mx.array) -> list[mx.array]:

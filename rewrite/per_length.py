@@ -5,12 +5,32 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from .batchwise import joins_sequences
-from .edits import decorate, site_comment
-from .ir import Edit, Evidence, Match, Miss, Site
-from .match import Mixer
+from .edits import decorate, rename_callee, site_comment
+from .ir import Edit, Effect, Evidence, Match, Miss, Site
+from .match import Mixer, callee_name
 from .per_sequence import per_sequence
 
 SITE = "per_length"
+
+
+def recurrence_sites(
+    mixer: Mixer, calls: Iterable[Effect], name: str, op: str, kind: str
+) -> tuple[tuple[Site, ...], tuple[Edit, ...], tuple[str, ...]]:
+    """Sites, edits and imports where a library's recurrence becomes an op of ours.
+
+    `name` is the library's function; calls of others, and calls with unpacked arguments, stay.
+    """
+    sites: list[Site] = []
+    edits: list[Edit] = []
+    for effect in calls:
+        call = effect.value
+        if callee_name(mixer.program, call) != name or {"*", "**"} & set(call.data):
+            continue
+        text = f"{kind} works out a prompt in chunks, and a token in one step"
+        edits.append(site_comment(mixer.source, effect, text, kind))
+        edits.append(rename_callee(mixer.source, call, op, kind))
+        sites.append(Site(op, mixer.place(call)))
+    return tuple(sites), tuple(edits), (op,) if edits else ()
 
 
 def per_length(

@@ -3,18 +3,20 @@
 Matches     a class that updates a matrix state with mlx_lm's gated delta rule, with a scalar gate
             per head, usually behind a causal convolution. Gated Delta Networks, arXiv 2412.06464.
 Refuses     a gate per key channel (kimi_delta).
-Becomes     the original code, once for all sequences with equally many rows.
+Becomes     the original code, once for all sequences with equally many rows, its recurrence an op
+            (`delta_rule`).
 """
 
 from __future__ import annotations
 
 from ..ir import Match, Miss
 from ..match import Mixer
-from ..per_length import per_length
+from ..per_length import per_length, recurrence_sites
 from ..states import delta_gate_is_per_channel, delta_updates
 from . import Counter, Example
 
 NAME = "gated_delta"
+_UPDATE = "mlx_lm.models.gated_delta.gated_delta_update"
 
 
 def match(mixer: Mixer) -> Match | Miss:
@@ -27,7 +29,8 @@ def match(mixer: Mixer) -> Match | Miss:
         return Miss(NAME, 2, "one gate per head", mixer.place(updates[0]))
     evidence = [mixer.evidence("gated delta rule", effect) for effect in updates]
     evidence += [mixer.evidence("state stored", effect) for effect in mixer.state_stores]
-    return per_length(mixer, NAME, evidence)
+    sites, edits, imports = recurrence_sites(mixer, updates, _UPDATE, "delta_rule", NAME)
+    return per_length(mixer, NAME, evidence, sites=sites, edits=edits, imports=imports)
 
 
 _DELTA = """
@@ -54,7 +57,7 @@ class Mix(nn.Module):
         return y.reshape(B, L, -1)
 """
 
-ACCEPTS = (Example("Mix", _DELTA, "gathered"),)
+ACCEPTS = (Example("Mix", _DELTA, "kernel"),)
 REJECTS = (
     Counter("Mix", _DELTA.replace("k, v, a, b,", "k, v, a.reshape(B, L, 2, -1), b,"), "kimi_delta"),
     Counter("Mix", _DELTA.replace("cache[0] = state", "pass"), None),

@@ -3,19 +3,21 @@
 Matches     a class that updates a matrix state with the gated delta rule where the gate has the
             shape of the keys. Kimi Linear, arXiv 2510.26692, section 3.
 Refuses     one gate per head (gated_delta).
-Becomes     the original code, once for all sequences with equally many rows.
+Becomes     the original code, once for all sequences with equally many rows, its recurrence an op
+            (`delta_rule`).
 """
 
 from __future__ import annotations
 
 from ..ir import Match, Miss
 from ..match import Mixer
-from ..per_length import per_length
+from ..per_length import per_length, recurrence_sites
 from ..states import delta_gate_is_per_channel, delta_updates
 from . import Counter, Example
 from .gated_delta import _DELTA
 
 NAME = "kimi_delta"
+_UPDATE = "mlx_lm.models.gated_delta.gated_delta_update"
 
 
 def match(mixer: Mixer) -> Match | Miss:
@@ -28,10 +30,11 @@ def match(mixer: Mixer) -> Match | Miss:
         return Miss(NAME, 2, "one gate per key channel", mixer.place(updates[0]))
     evidence = [mixer.evidence("delta rule, gate per channel", effect) for effect in updates]
     evidence += [mixer.evidence("state stored", effect) for effect in mixer.state_stores]
-    return per_length(mixer, NAME, evidence)
+    sites, edits, imports = recurrence_sites(mixer, updates, _UPDATE, "delta_rule", NAME)
+    return per_length(mixer, NAME, evidence, sites=sites, edits=edits, imports=imports)
 
 
 ACCEPTS = (
-    Example("Mix", _DELTA.replace("k, v, a, b,", "k, v, a.reshape(B, L, 2, -1), b,"), "gathered"),
+    Example("Mix", _DELTA.replace("k, v, a, b,", "k, v, a.reshape(B, L, 2, -1), b,"), "kernel"),
 )
 REJECTS = (Counter("Mix", _DELTA, "gated_delta"),)

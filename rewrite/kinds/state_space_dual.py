@@ -3,17 +3,19 @@
 Matches     a class that calls mlx_lm's `ssm_update` and keeps its state, usually behind a causal
             convolution. Transformers are SSMs, arXiv 2405.21060.
 Refuses     state spaces scanned by the class itself (selective_scan).
-Becomes     the original code, once for all sequences with equally many rows.
+Becomes     the original code, once for all sequences with equally many rows, its recurrence an op
+            (`state_space_dual`).
 """
 
 from __future__ import annotations
 
 from ..ir import Match, Miss
 from ..match import Mixer
-from ..per_length import per_length
+from ..per_length import per_length, recurrence_sites
 from . import Counter, Example
 
 NAME = "state_space_dual"
+_UPDATE = "mlx_lm.models.ssm.ssm_update"
 
 
 def match(mixer: Mixer) -> Match | Miss:
@@ -24,7 +26,8 @@ def match(mixer: Mixer) -> Match | Miss:
         return Miss(NAME, 1, "the state is stored in a cache")
     evidence = [mixer.evidence("state space update", effect) for effect in updates]
     evidence += [mixer.evidence("state stored", effect) for effect in mixer.state_stores]
-    return per_length(mixer, NAME, evidence)
+    sites, edits, imports = recurrence_sites(mixer, updates, _UPDATE, "state_space_dual", NAME)
+    return per_length(mixer, NAME, evidence, sites=sites, edits=edits, imports=imports)
 
 
 _SSD = """
@@ -50,5 +53,5 @@ class Mix(nn.Module):
         return y.reshape(B, L, -1)
 """
 
-ACCEPTS = (Example("Mix", _SSD, "gathered"),)
+ACCEPTS = (Example("Mix", _SSD, "kernel"),)
 REJECTS = (Counter("Mix", _SSD.replace("cache[0] = state", "pass"), None),)

@@ -35,6 +35,7 @@ _HOMES = {  # where the runtime's names are, if not among the sites
     "per_length": "mlxrewrite.runtime.per_length",
     "delta_rule": "mlxrewrite.runtime.recurrences",
     "paged_latent_attention": "mlxrewrite.runtime.latents",
+    "state_space_dual": "mlxrewrite.runtime.recurrences",
 }
 _WORST = ("kernel", "gathered", "per-sequence")
 

@@ -1,4 +1,4 @@
-"""Specs of the kernels of the delta rule, and which of them serve a layer."""
+"""Specs of the kernels of recurrences on matrix states, and which of them serve a layer."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from .specs import DTYPES, KernelSpec
 
 
 @dataclass(frozen=True, slots=True)
-class DeltaStepSpec(KernelSpec):
+class StateStepSpec(KernelSpec):
     """One token of every sequence; each simdgroup holds `rows` value rows of one head's state.
 
-    per_channel: a decay for each key channel, else one for a head.
+    per_channel: a decay for each key channel, else one for a head. delta: what the state has for a
+    key already is taken from the value (the delta rule), else values are added as they are.
     """
 
-    template: ClassVar[str] = "delta_step"
+    template: ClassVar[str] = "state_step"
 
     rows_dtype: str
     state_dtype: str
@@ -28,10 +29,12 @@ class DeltaStepSpec(KernelSpec):
     rows: int
     simdgroups: int
     per_channel: bool
+    delta: bool
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        return ("queries", "keys", "values", "decay", "beta", "state")
+        gates = ("decay", "beta") if self.delta else ("decay",)
+        return ("queries", "keys", "values", *gates, "state")
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -48,16 +51,20 @@ def supports(q: mx.array, k: mx.array, v: mx.array, state: mx.array) -> str | No
         return f"key dim {k.shape[-1]}: kernels exist for multiples of 32 from 32 to 256"
     if v.shape[-1] % 8:
         return f"value dim {v.shape[-1]}: kernels exist for multiples of 8"
-    if dtype_name(q.dtype) not in DTYPES or dtype_name(state.dtype) not in DTYPES:
-        return f"dtype {dtype_name(q.dtype)} over {dtype_name(state.dtype)}: kernels have none"
+    if dtype_name(v.dtype) not in DTYPES:
+        return f"values of {dtype_name(v.dtype)}: kernels exist for {', '.join(DTYPES)}"
+    if dtype_name(q.dtype) not in DTYPES or state.dtype != mx.float32:
+        return f"dtype {dtype_name(q.dtype)} over {dtype_name(state.dtype)}: states are float32"
     return None
 
 
-def delta_step_spec(q: mx.array, k: mx.array, v: mx.array, *, per_channel: bool) -> DeltaStepSpec:
+def state_step_spec(
+    q: mx.array, k: mx.array, v: mx.array, *, per_channel: bool, delta: bool
+) -> StateStepSpec:
     """The kernel for one token. Rows of a simdgroup are loads in flight."""
     rows = 4
     simdgroups = next(s for s in (4, 2, 1) if v.shape[-1] % (rows * s) == 0)
-    return DeltaStepSpec(
+    return StateStepSpec(
         rows_dtype=dtype_name(q.dtype),
         state_dtype="float32",
         key_heads=k.shape[2],
@@ -67,4 +74,5 @@ def delta_step_spec(q: mx.array, k: mx.array, v: mx.array, *, per_channel: bool)
         rows=rows,
         simdgroups=simdgroups,
         per_channel=per_channel,
+        delta=delta,
     )

@@ -1,14 +1,19 @@
-"""The gated delta rule: plain form, chunks and kernels against float64, token by token."""
+"""Recurrences on matrix states: plain form, chunks and kernels against float64, token by token."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlxrewrite.kernels import delta, launch, triangles
-from mlxrewrite.kernels.delta_specs import delta_step_spec, supports
+from mlx_lm.models.gated_delta import gated_delta_update
+from mlx_lm.models.ssm import ssm_update
+from mlxrewrite.kernels import delta, launch, linear, state_step, triangles
+from mlxrewrite.kernels.dialects.cpu import KernelError
+from mlxrewrite.kernels.render import render
+from mlxrewrite.kernels.state_specs import state_step_spec, supports
+from mlxrewrite.runtime.recurrences import delta_rule, state_space_dual
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 TOLERANCE = {"float32": 2e-6, "float16": 1e-3, "bfloat16": 6e-3}
@@ -79,7 +84,7 @@ def test_hard_chunks_stay_exact(per_channel):
     arrays = Case(length=100, per_channel=per_channel, hard=True).arrays()
     y, state = delta.delta_rule(*arrays)
     want, last = exact(arrays)
-    assert error(y, want) < 2e-5 and error(state, last) < 2e-5
+    assert error(y, want) < 4e-6 and error(state, last) < 4e-6
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 16, 64])
@@ -149,5 +154,122 @@ def test_heads_the_kernel_lacks_take_the_plain_form():
 
 def test_the_name_spells_the_kernel():
     arrays = Case(per_channel=True).arrays()
-    spec = delta_step_spec(*arrays[:3], per_channel=True)
-    assert spec.name == "delta_step_f32_f32_kh2_vh4_kd32_vd16_r4_s4_per_channel"
+    spec = state_step_spec(*arrays[:3], per_channel=True, delta=True)
+    assert spec.name == "state_step_f32_f32_kh2_vh4_kd32_vd16_r4_s4_per_channel_delta"
+
+
+# ------------------------------------------------------------------- without the delta correction
+
+
+def exact_linear(arrays: list[mx.array]) -> tuple[np.ndarray, np.ndarray]:
+    q, k, v, g, state = (np.array(x.astype(mx.float32)).astype(np.float64) for x in arrays)
+    q, k = (np.repeat(x, v.shape[2] // k.shape[2], axis=2) for x in (q, k))
+    outputs = []
+    for t in range(q.shape[1]):
+        state = state * np.exp(g[:, t])[..., None, None] + v[:, t][..., None] * k[:, t, :, None]
+        outputs.append(np.einsum("nhvk,nhk->nhv", state, q[:, t]))
+    return np.stack(outputs, 1), state
+
+
+def without_beta(arrays: list[mx.array]) -> list[mx.array]:
+    return [*arrays[:4], arrays[5]]
+
+
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("length", [1, 2, 7, 128, 150])
+def test_linear_attention_of_any_length(length, hard):
+    arrays = without_beta(Case(length=length, hard=hard).arrays())
+    y, state = linear.linear_rule(*arrays)
+    want, last = exact_linear(arrays)
+    assert error(y, want) < 2e-6 and error(state, last) < 2e-6
+
+
+@pytest.mark.parametrize("case", [Case(), Case(dtype="bfloat16", key_dim=128)], ids=str)
+def test_the_linear_step_kernel(case):
+    arrays = without_beta(case.arrays())
+    arrays[2] = arrays[2].astype(mx.float32)  # values may be wider than the rows
+    want, last = exact_linear(arrays)
+    with launch.backend("runner"):
+        y, state = linear.linear_rule(*arrays)
+        mx.eval(y, state)
+    assert error(y, want) < TOLERANCE[case.dtype] and error(state, last) < 2e-6
+
+
+@pytest.mark.parametrize("length", [1, 9, 300])
+def test_state_spaces_are_mlx_lm_s(length):
+    mx.random.seed(1)
+    n, heads, width, groups, size = 2, 4, 8, 2, 16
+    x = mx.random.normal((n, length, heads, width))
+    B, C = (mx.random.normal((n, length, groups, size)) for _ in range(2))
+    dt = mx.random.normal((n, length, heads))
+    A_log, D, bias = (mx.random.normal((heads,)) for _ in range(3))
+    state = mx.random.normal((n, heads, width, size))
+    for before in (state, None):
+        args = (x, A_log, B, C, D, dt, bias, before, (0.001, 0.1))
+        ours, theirs = state_space_dual(*args), ssm_update(*args)
+        for got, want in zip(ours, theirs, strict=True):
+            assert mx.allclose(got, want, atol=2e-5 * float(mx.abs(want).max()))
+
+
+def test_delta_rules_are_mlx_lm_s():
+    q, k, v, _, b, state = Case(length=9).arrays()
+    a, A_log, bias = (mx.random.normal(shape) for shape in ((2, 9, 4), (4,), (4,)))
+    for options in ({}, {"allow_neg_eigval": True}, {"lower_bound": -5.0}):
+        args = (q, k, v, a, b, A_log, bias, state)
+        ours, theirs = delta_rule(*args, **options), gated_delta_update(*args, **options)
+        for got, want in zip(ours, theirs, strict=True):
+            assert mx.allclose(got, want, atol=2e-6)
+
+
+def test_padding_is_refused():
+    q, k, v, _, b, state = Case(length=2).arrays()
+    with pytest.raises(TypeError, match="padding"):
+        delta_rule(q, k, v, b, b, b[0, 0], b[0, 0], state, mx.ones((2, 2), mx.bool_))
+
+
+def _decay_forgotten(text: str) -> str:
+    return text.replace("kept[i][j] *= factor;", "")
+
+
+def _next_key_channel(text: str) -> str:
+    return text.replace("key[j] = static_cast<float>(keys[key_row + j]);",
+                        "key[j] = static_cast<float>(keys[key_row + (j ^ 1)]);")  # fmt: skip
+
+
+def _old_state_in_the_output(text: str) -> str:
+    return text.replace("by_query + given * together", "by_query")
+
+
+def _head_of_another_group(text: str) -> str:
+    return text.replace("head / (VALUE_HEADS / KEY_HEADS)", "head % KEY_HEADS")
+
+
+def _row_beyond_the_end(text: str) -> str:
+    return text.replace("+ row) * KEY_DIM", "+ row + 1) * KEY_DIM")
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [
+        _decay_forgotten,
+        _next_key_channel,
+        _old_state_in_the_output,
+        _head_of_another_group,
+        _row_beyond_the_end,
+    ],
+)
+def test_seeded_kernel_bugs_are_seen(bug, monkeypatch):
+    arrays = Case(key_dim=64).arrays()
+    kernel = render(state_step_spec(*arrays[:3], per_channel=False, delta=True))
+    wrong = replace(kernel, source=bug(kernel.source), _made={})
+    assert wrong.source != kernel.source
+    monkeypatch.setattr(state_step, "render", lambda spec: wrong)
+    want, last = exact(arrays)
+    try:
+        with launch.backend("runner"):
+            y, state = delta.delta_rule(*arrays)
+            mx.eval(y, state)
+    except KernelError:
+        assert bug is _row_beyond_the_end
+        return
+    assert max(error(y, want), error(state, last)) > 1e-4
