@@ -236,14 +236,18 @@ class Engine:
             known = self._known()
             check(known.specs, known, job.brought.caches, job.brought.length)
         capacity = self._possible(job) if self._elastic else self._capacity()
-        if len(job.tokens) + 1 + request.keep > capacity:
-            raise RuntimeRefusal(
-                f"a prompt of {len(job.tokens)} tokens does not fit: there is memory for "
-                f"{capacity} positions, those of the tokens to come included; shorten the prompt "
-                "or give the caches more memory"
-            )
+        _require(len(job.tokens) + request.keep, capacity)
         job.limit = min(job.limit, capacity)
         return job
+
+    def require_room(self, length: int) -> None:
+        """Raise RuntimeRefusal if a prompt of so many tokens could never run."""
+        if not self._elastic:
+            _require(length, self._capacity())
+
+    def known_length(self, tokens: Sequence[int]) -> int:
+        """How many of a prompt's first tokens need not be computed now; never all of them."""
+        return 0 if self._store is None else self._store.known_length(tokens)
 
     def enqueue(self, job: Prepared) -> int:
         """Take a request that was prepared; returns its name."""
@@ -684,6 +688,15 @@ class Engine:
         assert self._store is not None
         length = self._store.cache.length(job.sequence)
         return extract(self._store.cache, job.sequence), job.tokens[:length]
+
+
+def _require(length: int, capacity: int) -> None:
+    if length + 1 > capacity:
+        raise RuntimeRefusal(
+            f"a prompt of {length} tokens does not fit: there is memory for {capacity} positions, "
+            "those of the tokens to come included; shorten the prompt or give the caches more "
+            "memory"
+        )
 
 
 def _context(model: Any) -> int:

@@ -74,6 +74,12 @@ class PagedStore:
             self.stats.reused += 0 if found is None else found.length
         return sequence, length
 
+    def known_length(self, tokens: Sequence[int]) -> int:
+        """How many of the first tokens blocks hold now, the last token left out."""
+        index = self._names()
+        found = None if index is None else index.find(tokens, len(tokens) - 1)
+        return 0 if found is None else found.length
+
     def reserve(self, sequence: int, count: int) -> int:
         """Places for up to `count` more positions; returns for how many."""
         return self.cache.reserve(sequence, count)

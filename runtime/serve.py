@@ -1,0 +1,233 @@
+"""mlx_lm's server on rewritten models and the paged engine.
+
+The server is mlx_lm's own: its options, its handler, its loop. A few of the names that its
+functions use mean something else here (`rebound`): models are loaded rewritten, the batch generator
+is the paged one, and the prompt cache is what the engine's blocks know.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx_lm import server as upstream
+
+from .batch_generator import PagedBatchGenerator
+from .engine import Engine
+from .errors import RuntimeRefusal
+from .load import load, model_folder, read_config
+from .rebind import rebound
+from .sampling import Seeded
+
+CONCURRENCY = 256  # requests in a step, where the command line says nothing else
+POLL_SECONDS = 0.01  # of steps between two looks for new requests
+
+
+def main(words: Sequence[str]) -> int:
+    """`mlxrewrite serve`: options are mlx_lm.server's and a few of the engine's."""
+    start = rebound(
+        upstream.main,
+        argparse=_Options(words),
+        ModelProvider=Provider,
+        run=rebound(
+            upstream.run,
+            ResponseGenerator=Generator,
+            LRUPromptCache=KnownPrefixes,
+            _run_http_server=functools.partial(upstream._run_http_server, handler_class=Handler),
+        ),
+    )
+    try:
+        start()
+    except RuntimeRefusal as problem:
+        print(f"mlxrewrite serve: {problem}", file=sys.stderr)
+        return 2
+    return 0
+
+
+class _Options:
+    """Stands for `argparse` in mlx_lm's main: its parser gets the engine's options too."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self._words = list(words)
+
+    def ArgumentParser(self, **options: Any) -> argparse.ArgumentParser:
+        parser = argparse.ArgumentParser(prog="mlxrewrite serve", **options)
+        group = parser.add_argument_group("mlxrewrite")
+        add = group.add_argument
+        add("--kv-memory", type=upstream._parse_size, metavar="SIZE", help="for the paged caches")
+        add("--block-size", type=int, default=16, help="positions of a block (default: 16)")
+        add("--no-prefix-cache", action="store_true", help="compute equal beginnings anew")
+        add("--generated", type=Path, help="folder of the rewritten files")
+        parser.set_defaults(decode_concurrency=CONCURRENCY)
+        parse = functools.partial(argparse.ArgumentParser.parse_args, parser, self._words)
+
+        def checked() -> argparse.Namespace:
+            got = parse()
+            for name, value in (("--pipeline", got.pipeline), ("--kv-bits", got.kv_bits)):
+                if value:
+                    parser.error(f"{name} is not supported on rewritten models")
+            return got
+
+        parser.parse_args = checked  # type: ignore[assignment, method-assign]
+        return parser
+
+
+class Provider(upstream.ModelProvider):  # type: ignore[misc]
+    """Loads rewritten models; all of them can be batched."""
+
+    def _load(
+        self, model_path: str, adapter_path: str | None = None, draft: str | None = None
+    ) -> None:
+        if draft is not None:
+            raise RuntimeRefusal("draft models are not supported by this server yet")
+        rebound(
+            upstream.ModelProvider._load,
+            load=self._rewritten,
+            make_prompt_cache=lambda model: [],
+        )(self, model_path, adapter_path, draft)
+
+    def _rewritten(
+        self, path: str, *, return_config: bool = False, **options: Any
+    ) -> tuple[Any, ...]:
+        found = load(path, generated=self.cli_args.generated, **options)
+        return (*found, read_config(model_folder(path))) if return_config else found
+
+
+class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
+    """mlx_lm's loop around the paged batch generator."""
+
+    _batch: PagedBatchGenerator | None = None
+
+    def __init__(self, provider: Provider, prompt_cache: KnownPrefixes) -> None:
+        try:
+            from .metrics import Metrics
+
+            self.metrics: Metrics | None = Metrics(self._engine)
+        except ImportError:
+            self.metrics = None  # prometheus-client is not installed
+        prompt_cache.engine = self._engine
+        super().__init__(provider, prompt_cache)
+        self._time_budget = upstream.TimeBudget(POLL_SECONDS)
+
+    def _engine(self) -> Engine | None:
+        return None if self._batch is None else self._batch.engine
+
+    def _generate(self) -> None:
+        rebound(
+            upstream.ResponseGenerator._generate,
+            BatchGenerator=self._make_batch_generator,
+            _make_sampler=_make_sampler,
+            # A request with images is refused like others that cannot be read, and does not make
+            # the others stop.
+            _image_parts=lambda messages: iter(()),
+        )(self)
+
+    def _make_batch_generator(self, model: Any, **options: Any) -> PagedBatchGenerator:
+        given = self.cli_args
+        self._batch = None  # the memory of the one before is free from here on
+        self._batch = PagedBatchGenerator(
+            model,
+            keep_caches=False,
+            kv_memory=given.kv_memory,
+            block_size=given.block_size,
+            reuse=not given.no_prefix_cache,
+            observer=self.metrics,
+            **options,
+        )
+        return self._batch
+
+    def _is_batchable(self, args: Any) -> bool:
+        return bool(self.model_provider.is_batchable)
+
+    def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
+        found = super()._tokenize(tokenizer, request, args)
+        prompt, engine = found[0], self._engine()
+        if not prompt:
+            raise ValueError("an empty prompt: expected at least one token")
+        if engine is not None:
+            engine.require_room(len(prompt))
+        return found
+
+    def generate(self, request: Any, generation_args: Any, progress_callback: Any = None) -> Any:
+        """Called by a handler's thread: refuse here what would otherwise stop everybody."""
+        wanted, given = generation_args.model, self.cli_args
+        if wanted.draft not in (None, "default_model"):
+            raise ValueError("draft models are not supported by this server")
+        if wanted.model != "default_model":
+            if given.model is not None and _same(wanted.model, given.model):
+                wanted.model = "default_model"
+            else:
+                read_config(model_folder(wanted.model))
+        elif given.model is None:
+            raise ValueError("the server was started without a model: name one")
+        return super().generate(request, generation_args, progress_callback)
+
+
+class KnownPrefixes:
+    """Stands for mlx_lm's prompt cache: how much of a prompt the engine's blocks know."""
+
+    nbytes = 0
+
+    def __init__(self, size: int) -> None:
+        del size  # blocks are what is counted
+        self.engine: Any = lambda: None
+
+    def __len__(self) -> int:
+        return 0
+
+    def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[None, list[int]]:
+        """No cache, and the tokens that no block knows; one at least."""
+        engine = self.engine()
+        return None, tokens[0 if engine is None else engine.known_length(tokens) :]
+
+    def insert_cache(self, *args: Any, **options: Any) -> None:
+        """Nothing to do: the blocks are there already."""
+
+    def trim_to(self, **options: Any) -> None:
+        """Nothing to do: blocks that nobody holds are free."""
+
+    def stats_by_type(self) -> dict[str, Any]:
+        return {}
+
+
+class Handler(upstream.APIHandler):  # type: ignore[misc]
+    """mlx_lm's handler and /metrics."""
+
+    def do_GET(self) -> None:
+        if self.path.split("?")[0] != "/metrics":
+            super().do_GET()
+            return
+        metrics = self.response_generator.metrics
+        if metrics is None:
+            self.send_error(501, "metrics need the package prometheus-client")
+            return
+        text = metrics.text()
+        self.send_response(200)
+        self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def handle_completion(self, request: Any, stop_words: Any) -> None:
+        try:
+            super().handle_completion(request, stop_words)
+        except (BrokenPipeError, ConnectionResetError):
+            logging.info("The client went away.")
+            self.close_connection = True
+
+
+def _make_sampler(args: Any, tokenizer: Any) -> Any:
+    sampler = upstream._make_sampler(args, tokenizer)
+    return sampler if args.seed is None else Seeded(sampler, args.seed)
+
+
+def _same(one: str, other: str) -> bool:
+    if one == other:
+        return True
+    left, right = Path(one).expanduser(), Path(other).expanduser()
+    return left.is_dir() and right.is_dir() and left.resolve() == right.resolve()
