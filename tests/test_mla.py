@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm.models.mla import MultiLinear
-from mlxrewrite.kernels import policy
+from mlxrewrite.kernels import launch, policy
 from mlxrewrite.kernels.ops import Ragged
 from mlxrewrite.runtime import latents, sites
 from mlxrewrite.runtime.cache import PagedCache
@@ -188,6 +188,27 @@ def test_models_agree_in_either_form(monkeypatch, rule, name):
     assert report.passed, report.text()
     assert bool(used["_materialised"]) is (rule is not never)
     assert bool(used["_absorbed"]) is (rule is not always)
+
+
+def test_a_model_on_the_text_of_the_kernels(monkeypatch):
+    """The Metal text for latent pools, on the CPU runner, under a whole model: every kernel of the
+    route runs (single rows, many rows, writes, gathered pages)."""
+    config = json.loads((CONFIGS / "deepseek_v3.json").read_text())
+    config |= {"kv_lora_rank": 32, "qk_rope_head_dim": 16, "num_hidden_layers": 2}
+    used = set()
+    plain = launch.MetalKernel.__call__
+
+    def counted(self, *args, **kwargs):
+        used.add(self.name)
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(launch.MetalKernel, "__call__", counted)
+    with launch.backend("runner"):
+        report = verify(config, block_size=8)
+    assert report.passed, report.text()
+    shared = {name.split("_")[0] for name in used if "shared_values" in name}
+    assert shared == {"decode", "tiled"}
+    assert {name.split("_")[0] for name in used} == {"decode", "tiled", "write", "gather"}
 
 
 def pair(name: str):
