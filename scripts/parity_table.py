@@ -99,7 +99,7 @@ def page(rows: list[Row], seed: int) -> str:
         "# Parity of every model file",
         "",
         f"mlx-lm {version}, MLX {mlx} on its CPU back end, float32, seed {seed}. Made by",
-        "`python scripts/parity_table.py`. Ragged batches (chunked prefill mixed with decode, blocks",
+        "`python scripts/parity_table.py`. Ragged batches (chunked prefill among decode, blocks",
         "in random order, NaN in free ones) against the original with its own caches, one sequence",
         "at a time. `difference` is the largest difference of two logits over the spread of the",
         "logits (allowed: 1e-4), `tokens` the rows whose greedy token is the same. A file's row is",
