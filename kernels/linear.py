@@ -1,6 +1,6 @@
 """Linear recurrences on matrix states over a batch of sequences of equal length.
 
-For each head, with state S [Dv, Dk], keys k and queries q [Dk], values v [Dv] and a decay in (0, 1]:
+For each head, with state S [Dv, Dk], keys k, queries q [Dk], values v [Dv], a decay in (0, 1]:
 
     S <- S * decay;  S <- S + v k^T;  y = S q
 

@@ -45,6 +45,7 @@ def state_step(
     return y, new
 
 
+@mx.compile
 def _plain(
     q: mx.array,
     k: mx.array,

@@ -24,7 +24,7 @@ def _grown(first: mx.array, below: mx.array, second: mx.array) -> mx.array:
 
 
 def decayed_squares(rows: mx.array, keys: mx.array, log_decay: mx.array) -> list[mx.array]:
-    """`sum_d rows[i, d] keys[j, d] exp(sum over j < t <= i of log_decay[t, d])` where i is behind j.
+    """`sum_d rows[i, d] keys[j, d] exp(sum_(j < t <= i) log_decay[t, d])` for i behind j.
 
     rows, keys, log_decay [..., C, D], C a power of two, logarithms at most 0. Returns the squares
     [..., C / (2 s), s, s] below the diagonal for s = 1, 2, 4, ..., C / 2.

@@ -89,6 +89,7 @@ class PagedCache:
         self._state_entries = False
         self._leaves: dict[tuple[int, ...], Leaf] = {}
         self._states: dict[tuple[int, ...], StateLeaf] = {}
+        self._copies: list[mx.array] = []  # snapshots that nobody was told to evaluate yet
         for entry, spec in enumerate(self.specs):
             self._collect(spec, entry, ())
         self._sequences: dict[int, _Sequence] = {}
@@ -179,8 +180,8 @@ class PagedCache:
         """Copies of a sequence's states as they are after its positions so far.
 
         With the blocks of those positions they make a sequence that goes on from there: `adopt`.
-        The copies are being computed; nothing has to wait for them. Raises RuntimeRefusal where
-        mixers that run once per sequence keep anything.
+        The copies are among the next `arrays`. Raises RuntimeRefusal where mixers that run once per
+        sequence keep anything.
         """
         state = self._find(sequence)
         if not self.snapshots_suffice:
@@ -189,7 +190,7 @@ class PagedCache:
             )
         states = tuple(leaf.table.snapshot(sequence) for leaf in self._states.values())
         made = [array for entry in states for array in entry if array is not None]
-        mx.async_eval(made)  # type: ignore[no-untyped-call]
+        self._copies += made
         return Snapshot(state.length, states)
 
     @property
@@ -329,6 +330,8 @@ class PagedCache:
         """
         found = [a for leaf in self._leaves.values() for a in leaf.pool.arrays()]
         found += [a for state in self._states.values() for a in state.table.arrays()]
+        found += self._copies
+        self._copies = []
         if not states:
             return found
         for state in self._sequences.values():

@@ -35,6 +35,7 @@ class Found:
 
     length: int
     tables: tuple[BlockTable, ...]
+    last: bytes | None = None  # the hash of the last block that is wanted whole
 
 
 @dataclass(slots=True, eq=False)
@@ -103,7 +104,7 @@ class PrefixIndex:
 
     def find(self, tokens: Sequence[int], most: int) -> Found | None:
         """The longest prefix of at most `most` tokens that blocks hold; None if there is none."""
-        hashes = self._hashes(tokens, most)
+        hashes = self.hashes(tokens, most)
         count = self._whole(hashes)
         parent = hashes[count - 1] if count else ROOT
         start = count * self._size
@@ -121,7 +122,7 @@ class PrefixIndex:
             if last is not None:
                 blocks.append(group.blocks[last])
             tables.append(BlockTable(blocks, dropped))
-        return Found(length, tuple(tables))
+        return Found(length, tuple(tables), hashes[count - 1] if count else None)
 
     def clear(self) -> None:
         """Forget all names: the blocks' content is lost."""
@@ -133,7 +134,7 @@ class PrefixIndex:
         self._following.clear()
         self._places.clear()
 
-    def _hashes(self, tokens: Sequence[int], most: int) -> list[bytes]:
+    def hashes(self, tokens: Sequence[int], most: int) -> list[bytes]:
         """Hashes of the whole blocks; no further than there is hope.
 
         Where all groups have windows, a block may be known although one before it is forgotten.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,9 +11,12 @@ from .cache import PagedCache
 from .caches import Retention
 from .errors import OutOfBlocks
 from .extract import restore
-from .memory import Footprint, footprint
+from .memory import Footprint, device_memory, footprint
 from .prefix import ROOT, Found, PrefixIndex
 from .scheduler import Job
+from .states import Snapshot
+
+SNAPSHOT_SHARE = 0.1  # of the memory that is there for blocks
 
 
 @dataclass(slots=True)
@@ -28,7 +32,12 @@ class PagedStore:
     """The sequences of one `PagedCache`. With `reuse`, equal beginnings are computed once."""
 
     def __init__(
-        self, cache: PagedCache, *, reuse: bool = True, known: Footprint | None = None
+        self,
+        cache: PagedCache,
+        *,
+        reuse: bool = True,
+        known: Footprint | None = None,
+        snapshot_bytes: int | None = None,
     ) -> None:
         self.cache = cache
         self._footprint = known or footprint(cache.model, cache.block_size)
@@ -38,6 +47,8 @@ class PagedStore:
         self._hashes: dict[int, list[bytes]] = {}  # of each sequence's blocks that have a name
         self._nameless: set[int] = set()
         self._reading: dict[int, int] = {}  # sequences that are shorter than they were admitted for
+        self._snapshots: OrderedDict[bytes, Snapshot] = OrderedDict()  # the latest used last
+        self._snapshot_bytes = snapshot_bytes
 
     # ------------------------------------------------------------ the scheduler's view
 
@@ -49,7 +60,7 @@ class PagedStore:
         tokens = job.tokens
         index = None if job.nameless else self._names()
         most = min([len(tokens) - 1, *job.stops[:1]])
-        found = None if index is None else index.find(tokens, most)
+        found = None if index is None else self._known(index, tokens, most)
         brought = job.brought
         if brought is not None and found is not None and found.length >= brought.length:
             brought = None
@@ -81,7 +92,16 @@ class PagedStore:
         return 0 if found is None else found.length
 
     def reserve(self, sequence: int, count: int) -> int:
-        """Places for up to `count` more positions; returns for how many."""
+        """Places for up to `count` more positions; returns for how many.
+
+        Where mixers keep states, a prompt is read up to the last block that is whole, and only then
+        to its end: there its states are copied for others that begin alike.
+        """
+        if self.cache.states and self._names() is not None and sequence in self._reading:
+            start, size = self.cache.length(sequence), self.cache.block_size
+            stop = start + count
+            whole = (stop - (stop == self._reading[sequence])) // size * size
+            count = whole - start if whole > start else count
         return self.cache.reserve(sequence, count)
 
     def free(self, sequence: int) -> None:
@@ -112,12 +132,15 @@ class PagedStore:
             start = len(hashes) * size
             parent = hashes[-1] if hashes else ROOT
             hashes.append(index.name(tables, len(hashes), parent, tokens[start : start + size]))
+        if hashes and count == len(hashes) * size:
+            self._keep(sequence, count, hashes[-1])
         rest = tokens[len(hashes) * size : count]
         if ending and rest:
             index.name(tables, len(hashes), hashes[-1] if hashes else ROOT, rest)
 
     def forget_names(self) -> None:
         """No block is known any more: what they hold is lost."""
+        self._snapshots.clear()
         if self._index is not None:
             self._index.clear()
 
@@ -126,10 +149,44 @@ class PagedStore:
         return 0 if self._index is None else len(self._index)
 
     def _names(self) -> PrefixIndex | None:
-        """The index, from the moment that the cache is known to be in blocks entirely."""
-        if self._index is None and self._reuse and self.cache.pages_everything:
+        """The index, from the moment that blocks, and snapshots, are known to hold everything."""
+        whole = self.cache.pages_everything or self.cache.snapshots_suffice
+        if self._index is None and self._reuse and whole:
             self._index = PrefixIndex(self.cache.groups, self.cache.block_size)
         return self._index
+
+    def _known(self, index: PrefixIndex, tokens: Sequence[int], most: int) -> Found | None:
+        """The longest beginning of the tokens that is known; with states, one with a snapshot."""
+        if not self.cache.states:
+            return index.find(tokens, most)
+        size = self.cache.block_size
+        hashes = index.hashes(tokens, most)
+        for count in range(len(hashes), 0, -1):
+            if hashes[count - 1] not in self._snapshots:
+                continue
+            found = index.find(tokens, count * size)
+            if found is not None and found.length == count * size:
+                return found
+        return None
+
+    def _keep(self, sequence: int, count: int, digest: bytes) -> None:
+        """Copy the states after the first `count` tokens, for others that begin with them."""
+        if not self.cache.states or count > self._reading.get(sequence, 0):
+            return
+        if digest in self._snapshots:
+            self._snapshots.move_to_end(digest)
+            return
+        if self.cache.length(sequence) != count:
+            return
+        if self._snapshot_bytes is None:
+            self._snapshot_bytes = int(SNAPSHOT_SHARE * device_memory())
+        snapshot = self.cache.snapshot(sequence)
+        left = self._snapshot_bytes - snapshot.nbytes
+        held = sum(other.nbytes for other in self._snapshots.values())
+        while self._snapshots and held > left:
+            held -= self._snapshots.popitem(last=False)[1].nbytes
+        if left >= 0:
+            self._snapshots[digest] = snapshot
 
     # ----------------------------------------------------------------------- room
 
@@ -145,7 +202,11 @@ class PagedStore:
     def _begin(self, found: Found | None) -> int:
         if found is None:
             return self.cache.add_sequence()
-        sequence = self.cache.adopt(found.tables, found.length)
+        snapshot = None
+        if self.cache.states and found.last is not None:
+            snapshot = self._snapshots[found.last]
+            self._snapshots.move_to_end(found.last)
+        sequence = self.cache.adopt(found.tables, found.length, snapshot)
         self.stats.copied_blocks += found.length % self.cache.block_size != 0
         return sequence
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import runpy
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -273,3 +275,11 @@ def test_seeded_kernel_bugs_are_seen(bug, monkeypatch):
         assert bug is _row_beyond_the_end
         return
     assert max(error(y, want), error(state, last)) > 1e-4
+
+
+def test_the_benchmark_runs():
+    path = Path(__file__).parents[1] / "benchmarks" / "states.py"
+    benchmark = runpy.run_path(str(path))
+    rows = benchmark["measure"](tiny=True, rounds=1)
+    assert len(rows) == 6 and all(row.ours > 0 and row.theirs > 0 for row in rows)
+    assert "copy" in benchmark["table"](rows)

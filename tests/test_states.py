@@ -14,11 +14,14 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlxrewrite.runtime import per_length
 from mlxrewrite.runtime.cache import PagedCache
 from mlxrewrite.runtime.compare import compare, original_logits, rewritten_logits
+from mlxrewrite.runtime.engine import Engine, Request
 from mlxrewrite.runtime.errors import RuntimeRefusal
 from mlxrewrite.runtime.extract import extract, restore
 from mlxrewrite.runtime.memory import footprint
 from mlxrewrite.runtime.schedule import random_schedule
+from mlxrewrite.runtime.scheduler import Job
 from mlxrewrite.runtime.states import StateTable
+from mlxrewrite.runtime.store import PagedStore
 from mlxrewrite.runtime.verify import _models, _read
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -238,3 +241,36 @@ def test_prompt_caches_go_in_and_out(name):
     theirs = np.array(original(mx.array([end]), cache=extract(cache, sequence))[0])
     got, start = np.concatenate([ours, theirs]), len(prompt)
     assert np.abs(got - whole[start:]).max() < 1e-4 * whole.std()
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "mamba2", "recurrent_gemma"])
+def test_equal_beginnings_are_read_once(name):
+    """Prompts that begin alike share blocks and a snapshot of the states; answers stay the same."""
+    original, rewritten = models(name)
+    shared = [(7 * i) % 50 + 3 for i in range(22)]
+    prompts = [[*shared, *end] for end in ([5], [9, 4], [4, 4, 8, 1, 2, 3], [])]
+    engine = Engine(rewritten, block_size=4, max_rows=9, max_running=4)
+    for prompt in prompts:
+        name = engine.add(Request(prompt, 6))
+        caches, wanted, new = make_prompt_cache(original), [], prompt
+        for _ in range(6):
+            logits = original(mx.array([new]), cache=caches)
+            new = [int(logits[0, -1].argmax())]
+            wanted += new
+        assert engine.run() == {name: wanted}
+    assert engine._store is not None and engine._store.stats.reused == 20 + 20 + 20
+
+
+def test_snapshots_give_way_when_there_is_no_memory():
+    _, rewritten = models("qwen3_next")
+    cache = PagedCache(rewritten, 4, num_blocks=40)
+    size = footprint(rewritten, 4).state_bytes
+    for room, left in ((0, 0), (size, 1), (2 * size, 2), (20 * size, 3)):
+        store = PagedStore(cache, snapshot_bytes=room)
+        job = Job(list(range(12)), 20)
+        sequence, _ = store.admit(job, 0)
+        for start in (0, 4, 8):
+            cache.step({sequence: job.tokens[start : start + 4]})
+            store.name(sequence, job.tokens, start + 4)
+        assert len(store._snapshots) == left
+        store.free(sequence)

@@ -1,0 +1,216 @@
+#!/usr/bin/env python3
+"""Recurrences of rewritten models beside mlx_lm's own, on the default device, taking turns.
+
+    python benchmarks/states.py [--tiny] [--rounds 7] [--json FILE]
+
+Decode: one token of 64 sequences, states threaded through 20 steps of one graph. Prefill: 4096
+tokens of one sequence. Times are medians of rounds in which both sides run, in changing order.
+Bytes are those of the states, read once and written once; `copy` is the share of what an
+elementwise copy of the same states reaches on the device. Off Metal mlx_lm has no kernels for
+these and takes its fallback in plain ops.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import mlx.core as mx
+from mlx_lm.models.gated_delta import gated_delta_update
+from mlx_lm.models.ssm import ssm_update
+from mlxrewrite.kernels import launch
+from mlxrewrite.runtime import recurrences
+
+Step = Callable[[mx.array | None, int, int], tuple[mx.array, mx.array]]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Heads of one mixer, as in the model named."""
+
+    label: str
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+
+    def tiny(self) -> Shape:
+        return Shape(self.label, 1, 2, 32, 16)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; milliseconds of a step, or of a prompt."""
+
+    op: str
+    ours: float
+    theirs: float
+    gigabytes_per_second: float | None
+    copy_share: float | None
+
+    @property
+    def ratio(self) -> float:
+        return self.theirs / self.ours
+
+
+DELTA = Shape("gated delta, one decay a head (Qwen3-Next)", 16, 32, 128, 128)
+KIMI = Shape("gated delta, a decay a channel (Kimi Linear)", 32, 32, 128, 128)
+DUAL = Shape("state space dual (Mamba-2 2.7b)", 1, 80, 128, 64)
+
+
+def delta_steps(shape: Shape, dtype: mx.Dtype, *, per_channel: bool) -> dict[str, Step]:
+    """Both sides' update, on the same random rows for the same batch and length."""
+    width = (shape.value_heads, shape.key_dim) if per_channel else (shape.value_heads,)
+    A_log, bias = mx.zeros((shape.value_heads, *width[1:])), mx.zeros(width)
+    rows: dict[tuple[int, int], list[mx.array]] = {}
+
+    def make(count: int, length: int) -> list[mx.array]:
+        if (count, length) not in rows:
+            keys = count, length, shape.key_heads, shape.key_dim
+            q, k = (mx.random.normal(keys) / shape.key_dim**0.5 for _ in range(2))
+            v = mx.random.normal((count, length, shape.value_heads, shape.value_dim))
+            a = mx.random.normal((count, length, *width)) - 3
+            b = mx.random.normal((count, length, shape.value_heads))
+            rows[count, length] = [x.astype(dtype) for x in (q, k, v, a, b)]
+            mx.eval(rows[count, length])
+        return rows[count, length]
+
+    def ours(state: mx.array | None, count: int, length: int) -> tuple[mx.array, mx.array]:
+        return recurrences.delta_rule(*make(count, length), A_log, bias, state)
+
+    def theirs(state: mx.array | None, count: int, length: int) -> tuple[mx.array, mx.array]:
+        return gated_delta_update(*make(count, length), A_log, bias, state)
+
+    return {"ours": ours, "theirs": theirs}
+
+
+def dual_steps(shape: Shape, dtype: mx.Dtype) -> dict[str, Step]:
+    heads = (shape.value_heads,)
+    A_log, D, bias = mx.zeros(heads), mx.ones(heads), mx.zeros(heads) - 3
+    rows: dict[tuple[int, int], list[mx.array]] = {}
+
+    def make(count: int, length: int) -> list[mx.array]:
+        if (count, length) not in rows:
+            x = mx.random.normal((count, length, shape.value_heads, shape.value_dim))
+            groups = count, length, shape.key_heads, shape.key_dim
+            B, C = (mx.random.normal(groups) / shape.key_dim**0.5 for _ in range(2))
+            dt = mx.random.normal((count, length, shape.value_heads))
+            x, B, C, dt = (part.astype(dtype) for part in (x, B, C, dt))
+            rows[count, length] = [x, A_log, B, C, D, dt, bias]
+            mx.eval(rows[count, length])
+        return rows[count, length]
+
+    def ours(state: mx.array | None, count: int, length: int) -> tuple[mx.array, mx.array]:
+        return recurrences.state_space_dual(*make(count, length), state)
+
+    def theirs(state: mx.array | None, count: int, length: int) -> tuple[mx.array, mx.array]:
+        return ssm_update(*make(count, length), state)
+
+    return {"ours": ours, "theirs": theirs}
+
+
+def timed(run: Callable[[], list[mx.array]]) -> float:
+    start = time.perf_counter()
+    mx.eval(run())
+    mx.synchronize()
+    return time.perf_counter() - start
+
+
+def medians(sides: dict[str, Callable[[], list[mx.array]]], rounds: int) -> dict[str, float]:
+    """Seconds of each side; one round before, which is not counted."""
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(rounds + 1):
+        order = list(sides) if number % 2 else list(sides)[::-1]
+        for name in order:
+            found[name].append(timed(sides[name]))
+    return {name: statistics.median(times[1:]) for name, times in found.items()}
+
+
+def decode(shape: Shape, steps: dict[str, Step], count: int, chain: int, rounds: int) -> Row:
+    size = (count, shape.value_heads, shape.value_dim, shape.key_dim)
+    state = mx.random.normal(size)
+    mx.eval(state)
+
+    def side(step: Step) -> Callable[[], list[mx.array]]:
+        def run() -> list[mx.array]:
+            held, outputs = state, []
+            for _ in range(chain):
+                y, held = step(held, count, 1)
+                outputs.append(y)
+            return [held, *outputs]
+
+        return run
+
+    def copies() -> list[mx.array]:
+        held = state
+        for number in range(chain):
+            held = held * float(1 + number)
+        return [held]
+
+    sides = {name: side(step) for name, step in steps.items()}
+    got = medians({**sides, "copy": copies}, rounds)
+    moved = 2 * state.nbytes * chain
+    return Row(
+        f"decode {count}: {shape.label}",
+        1e3 * got["ours"] / chain,
+        1e3 * got["theirs"] / chain,
+        moved / got["ours"] / 1e9,
+        got["copy"] / got["ours"],
+    )
+
+
+def prefill(shape: Shape, steps: dict[str, Step], length: int, rounds: int) -> Row:
+    sides = {name: lambda step=step: list(step(None, 1, length)) for name, step in steps.items()}
+    got = medians(sides, rounds)
+    label = f"prefill {length}: {shape.label}"
+    return Row(label, 1e3 * got["ours"], 1e3 * got["theirs"], None, None)
+
+
+def table(rows: list[Row]) -> str:
+    lines = [f"{'':66}{'ours ms':>10}{'mlx_lm ms':>11}{'times':>8}{'GB/s':>8}{'copy':>7}"]
+    for row in rows:
+        speed = "" if row.gigabytes_per_second is None else f"{row.gigabytes_per_second:.0f}"
+        share = "" if row.copy_share is None else f"{row.copy_share:.0%}"
+        lines.append(
+            f"{row.op:66}{row.ours:10.3f}{row.theirs:11.3f}{row.ratio:8.1f}{speed:>8}{share:>7}"
+        )
+    return "\n".join(lines)
+
+
+def measure(*, tiny: bool, rounds: int) -> list[Row]:
+    count, length, chain = (3, 70, 2) if tiny else (64, 4096, 20)
+    dtype = mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16
+    rows = []
+    for whole, kind in ((DELTA, "delta"), (KIMI, "kimi"), (DUAL, "dual")):
+        shape = whole.tiny() if tiny else whole
+        if kind == "dual":
+            steps = dual_steps(shape, dtype)
+        else:
+            steps = delta_steps(shape, dtype, per_channel=kind == "kimi")
+        rows.append(decode(shape, steps, count, chain, rounds))
+        rows.append(prefill(shape, steps, length, min(rounds, 3)))
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tiny", action="store_true", help="small sizes, for a CPU")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    rows = measure(tiny=options.tiny, rounds=options.rounds)
+    print(f"{mx.default_device()}, kernels: {launch.active() or 'none (plain ops)'}")
+    print(table(rows))
+    if options.json is not None:
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
