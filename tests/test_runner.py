@@ -9,11 +9,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import kernel_cases as cases
 import mlx.core as mx
 import pytest
-from mlxrewrite.kernels.dialects.cpu import CompileError, KernelError, metal_kernel
+from mlxrewrite.kernels.dialects.cpu import CompileError, KernelError, Options, metal_kernel
 from mlxrewrite.kernels.dialects.cpu.source import Input, signature
-from runner_cases import DECODE, MLX_TYPES, Case, decode, reduction, variant
+from runner_cases import recorded
 
 # ---- the signature: what MLX itself prints while it exports a graph ------------------------------
 SIGNATURES: dict[str, dict[str, Any]] = {
@@ -141,38 +142,61 @@ def test_signature_is_that_of_mlx(name: str, tmp_path: Path) -> None:
     assert ours("probe", case).strip() == printed_by_mlx("probe", case, tmp_path).strip()
 
 
-@pytest.mark.parametrize("case", [decode(), reduction()], ids=["decode", "reduce"])
-def test_signature_of_our_kernels_is_that_of_mlx(case: Case, tmp_path: Path) -> None:
-    described = {
-        "inputs": {name: case.inputs[name] for name in case.kernel.input_names},
-        "outputs": dict(
-            zip(case.kernel.output_names, [dtype for _, dtype in case.outputs], strict=True)
-        ),
-        "source": case.kernel.source,
-        "header": case.kernel.header,
-    }
-    name = case.kernel.name
-    assert ours(name, described).strip() == printed_by_mlx(name, described, tmp_path).strip()
+# ---- our kernels, as the ops launch them ---------------------------------------------------------
+CASES = {
+    "single rows": cases.Case((1, 1, 1), (1, 37, 200), query_heads=8, dtype="float16"),
+    "many rows": cases.Case((1, 9), (9, 30), key_dim=32, value_dim=32, window=20, sinks=True),
+}
 
 
-# ---- our kernels ---------------------------------------------------------------------------------
-@pytest.mark.parametrize("check", [True, False], ids=["checked", "plain"])
-@pytest.mark.parametrize("dtype", MLX_TYPES)
-def test_decode_matches_the_reference(dtype: str, check: bool) -> None:
-    case = decode(variant(query_dtype=dtype, pool_dtype=dtype, softcap=True, sinks=True))
-    assert case.error(case.run(check=check)) < case.tolerance
+@pytest.mark.parametrize("name", CASES)
+def test_signatures_of_our_kernels_are_those_of_mlx(name: str, tmp_path: Path) -> None:
+    with recorded() as launches:
+        cases.run(cases.make(CASES[name]))
+    assert len(launches) > 1
+    for made in launches:
+        kernel = made.kernel
+        described = {
+            "inputs": {key: made.inputs[key] for key in kernel.input_names},
+            "outputs": dict(
+                zip(kernel.output_names, [dtype for _, dtype in made.outputs], strict=True)
+            ),
+            "source": kernel.source,
+            "header": kernel.header,
+        }
+        text = signature(**made.described).text
+        assert text.strip() == printed_by_mlx(kernel.name, described, tmp_path).strip()
 
 
-@pytest.mark.parametrize("check", [True, False], ids=["checked", "plain"])
-@pytest.mark.parametrize("dtype", MLX_TYPES)
-def test_reduction_matches_the_reference(dtype: str, check: bool) -> None:
-    case = reduction(dtype, sinks=True)
-    assert case.error(case.run(check=check)) < case.tolerance
-
-
-def test_decode_with_window_and_dropped_blocks() -> None:
-    case = decode(DECODE, (70, 90), window=20, dropped=(3, 4))
-    assert case.error(case.run()) < case.tolerance
+@pytest.mark.parametrize("name", CASES)
+def test_checked_and_unchecked_runs_agree_in_every_order(name: str) -> None:
+    """Bit for bit: nothing depends on which thread comes first."""
+    with recorded() as launches:
+        made = cases.make(CASES[name])
+        out, _ = cases.run(made)
+    assert cases.error(out, cases.exact(made)) < cases.TOLERANCE[made.case.dtype]
+    for done in launches:
+        if done.kernel.mutable_inputs:
+            continue
+        kernel = done.kernel
+        for check, order in ((False, 0), (True, 1), (False, 1), (False, 5)):
+            again = metal_kernel(
+                kernel.name,
+                kernel.input_names,
+                kernel.output_names,
+                kernel.source,
+                kernel.header,
+                check=check,
+                options=Options(order=order),
+            )(
+                inputs=[done.inputs[key] for key in kernel.input_names],
+                grid=done.grid,
+                threadgroup=done.threadgroup,
+                output_shapes=[shape for shape, _ in done.outputs],
+                output_dtypes=[dtype for _, dtype in done.outputs],
+            )
+            for one, other in zip(again, done.results, strict=True):
+                assert mx.array_equal(one, other, equal_nan=True)
 
 
 # ---- the interface -------------------------------------------------------------------------------

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 import pytest
+from kernel_cases import DTYPES
 from mlxrewrite.kernels.dialects.cpu import KernelError, metal_kernel
 from mlxrewrite.kernels.dialects.cpu.source import Input
 from mlxrewrite.kernels.dialects.cpu.static import Finding, check, lint
 from mlxrewrite.kernels.inspect import list_specs, parse
 from mlxrewrite.kernels.render import render
-from runner_cases import MLX_TYPES
 
 I = "uint i = thread_position_in_grid.x; "  # noqa: E741
 SPACES, OPENCL, LINT, RUNNER = "address spaces", "OpenCL", "lint", "runner"
@@ -220,7 +220,7 @@ def described(name: str) -> dict[str, object]:
         }
         for names, field_name in fields.items():
             if array in names:
-                return MLX_TYPES[getattr(spec, field_name)]
+                return DTYPES[getattr(spec, field_name)]
         return FIXED_TYPES.get(array, mx.int32)
 
     return {

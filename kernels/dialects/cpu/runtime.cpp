@@ -30,7 +30,7 @@ const u64 GROUP_MEMORY = 128 << 10;  // limit, and room between arrays
 const int MAX_ARRAYS = 96;
 const u64 RED_ZONE = 256;
 const u32 MIXED = 0xffffffff;
-const u64 MAX_STRIDE_WITHOUT_SWITCH = 2000000000;  // checked accesses of one thread between meetings
+const u64 MAX_STRIDE = 40000000;  // checked accesses of one thread between meetings
 
 // What an entry function reads: see ATTRIBUTES in source.py.
 struct Ids {
@@ -626,7 +626,7 @@ __attribute__((noinline)) void check(const char* p, u64 n, Access access, bool a
   Fibre* fibre = w->current;
   Launch* l = w->launch;
   w->statistics.accesses++;
-  if (++w->stride > MAX_STRIDE_WITHOUT_SWITCH) {
+  if (++w->stride > MAX_STRIDE) {
     report(address, "a thread does not end");
     stop();
   }
@@ -691,8 +691,9 @@ __attribute__((noinline)) void check(const char* p, u64 n, Access access, bool a
     return;  // a constant of the program
   }
   const int near = nearest(l, p);
-  if (near < 0) {
-    report(address, "%s of %lu bytes at a wild address", verb, (long)n);
+  const long limit = long(SLOT / 2);
+  if (near < 0 || p - l->buffers[near].low > limit || l->buffers[near].low - p > limit) {
+    report(address, "out-of-bounds %s of %lu bytes, far from every buffer", verb, (long)n);
   } else {
     const Buffer& b = l->buffers[near];
     report(

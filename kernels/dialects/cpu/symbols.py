@@ -24,6 +24,11 @@ def _program() -> tuple[str, ...] | None:
     return (path, "-i", "-f", "-e") if path else None
 
 
+def available() -> bool:
+    """Whether reports can name lines."""
+    return _program() is not None
+
+
 @cache
 def location(library: Path, offset: int) -> str:
     """Where in the kernel's own text an instruction comes from, outermost call first, as

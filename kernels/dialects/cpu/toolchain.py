@@ -40,6 +40,8 @@ COMMON_FLAGS = (
 )
 KERNEL_FLAGS = (
     *COMMON_FLAGS,
+    "-fstack-clash-protection",
+    "-Wno-unused-command-line-argument",
     "-Wall",
     "-Wno-unknown-warning-option",
     "-Wno-unknown-attributes",
