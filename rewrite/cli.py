@@ -148,7 +148,7 @@ def _folder_name(package: Package) -> str:
 
 def _selected(request: Request, only: tuple[str, ...]) -> list[str]:
     package = request.package
-    modules = list(request.modules) if request.modules is not None else package.modules()
+    modules = list(request.modules) if request.modules is not None else package.targets()
     if not only:
         return modules
     wanted = {name if name.startswith(package.name) else f"{package.name}.{name}" for name in only}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from .edits import names_before, replace
 from .ir import ClassFacts, Edit, Method, ModuleFacts, Span, Value
-from .match import live
+from .match import arguments, library_call, live
 from .program import Program
 
 _ELEMENTWISE = frozenset({"*", "/", "+", "-", "@"})
@@ -30,7 +30,7 @@ def last_rows_edit(program: Program, module: ModuleFacts, entry: ClassFacts) -> 
     for _ in range(6):
         if cache is None or not method.returns:
             return None
-        found = _peel(method, method.returns[-1].value)
+        found = _peel(method, _logits(program, method.returns[-1].value))
         if found.peeled:
             return _wrap(module, method, found, cache)
         call = found.value
@@ -40,6 +40,15 @@ def last_rows_edit(program: Program, module: ModuleFacts, entry: ClassFacts) -> 
         cache = _handed_on(call, cache, inner[0][1])
         cls, method = inner[0]
     return None
+
+
+def _logits(program: Program, value: Value) -> Value:
+    """What stands for the logits in what a forward returns: mlx_vlm wraps them."""
+    value = live(value)
+    wrapped = library_call(program, value, "mlx_vlm.models.base.LanguageModelOutput")
+    if not wrapped:
+        return value
+    return arguments(value, ("logits",)).get("logits", value)
 
 
 @dataclass(frozen=True, slots=True)

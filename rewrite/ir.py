@@ -471,6 +471,28 @@ class Refusal:
     diagnostics: tuple[Diagnostic, ...]
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Verdict:
+    """How one file is run: token-major, the whole model once per sequence, or not at all."""
+
+    mode: str  # "sites" | "model" | "none"
+    entry: ClassFacts | None
+    reasons: tuple[Diagnostic, ...]  # why not token-major
+
+
+@dataclass(frozen=True, slots=True)
+class Contract:
+    """What the runtime must know to call a language model that stands inside a larger one.
+
+    `positions`: its forward takes explicit position ids. `state`: for each class, the attributes
+    that a forward pass leaves on the model, which belong to one sequence.
+    """
+
+    entry: str
+    positions: bool
+    state: tuple[tuple[str, tuple[str, ...]], ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """All edits of one file, disjoint and sorted."""
@@ -481,6 +503,7 @@ class Plan:
     refusals: tuple[Refusal, ...]
     notes: tuple[Diagnostic, ...]
     edits: tuple[Edit, ...]
+    contract: Contract | None = None  # of a language model inside a larger one
 
 
 @dataclass(frozen=True, slots=True)

@@ -445,6 +445,8 @@ def flow(mixer: Mixer, method: Method, roots: Iterable[Value], consumers: Iterab
                     casts.append(call)
                     members[id(call)] = call
                     queue.append(call)
+            elif library_call(mixer.program, user, "mlx_vlm.models.base.kv_sequence_length"):
+                continue  # a number of positions, as `shape` is
             elif not _passes_on(mixer, method, user, use):
                 foreign.append(user)
     return Flow(frozenset(members), tuple(foreign), tuple(casts))

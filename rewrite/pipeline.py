@@ -6,18 +6,21 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from .diagnostics import error
-from .ir import Diagnostic, Emitted, Match, ModuleFacts, Place, Refusal
+from .ir import Diagnostic, Emitted, Match, ModuleFacts, Place, Refusal, Verdict
+from .languages import outside, settle
 from .passes.classify import classify
 from .passes.emit import emit
 from .passes.facts import absolute_module, facts
 from .passes.parse import ParseError, parse
-from .passes.plan import Verdict, plan, verdict
+from .passes.plan import plan, verdict
 from .passes.verify import verify
 from .program import Program
 from .sources import Package, installed_package
 
 # Packages whose modules are read for what they do, wherever they are imported from.
 _READ = ("mlx_lm.models.", "mlx_vlm.models.")
+# What these offer is part of the vocabulary of `match`: their text has nothing to add.
+_KNOWN = ("mlx_vlm.models.base", "mlx_vlm.models.cache")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +53,14 @@ class Compiler:
         judged = {m.source.module: self.judge(program, m) for m in reached}
         merged = {cls: verdict_ for group in judged.values() for cls, verdict_ in group.items()}
         verdicts = self.verdicts(program, reached, merged)
-        planned = plan(program, module, merged, verdicts, self.generated(reached))
+        planned = plan(
+            program,
+            module,
+            merged,
+            verdicts,
+            self.generated(reached),
+            in_place=self.package.nested,
+        )
         inputs = tuple(sorted((m.source.module, m.source.sha256) for m in reached))
         emitted = emit(module, planned, self.package.upstream, inputs)
         problems = verify(module, planned, emitted)
@@ -105,7 +115,14 @@ class Compiler:
             names += [name for name in candidates if self.is_read(name)]
         return names
 
+    def is_target(self, module: ModuleFacts) -> bool:
+        """A module that gets a generated file: a loader can ask it for the entry class."""
+        entry = self.package.entry
+        return entry in (module.classes if self.package.nested else module.names)
+
     def is_read(self, name: str) -> bool:
+        if name in _KNOWN:
+            return False
         if _inside(name, self.package.name):
             return self.package.path_of(name) is not None
         if not name.startswith(_READ):
@@ -117,26 +134,35 @@ class Compiler:
         name = module.source.module
         if name not in self.judgements:
             # A module's closure is part of every closure it is in: the program knows enough.
-            self.judgements[name] = classify(program, module) if is_model(module) else {}
+            self.judgements[name] = self._judge(program, module)
         return self.judgements[name]
+
+    def _judge(self, program: Program, module: ModuleFacts) -> dict[str, Match | Refusal]:
+        if self.is_target(module):
+            return classify(program, module)
+        if not self.package.nested:
+            return {}
+        found = classify(program, module)
+        return {cls: outside(program, cls, judged) for cls, judged in found.items()}
 
     def generated(self, modules: Iterable[ModuleFacts]) -> frozenset[str]:
         """Modules that get a generated file."""
         return frozenset(
             m.source.module
             for m in modules
-            if is_model(m) and _inside(m.source.module, self.package.name)
+            if self.is_target(m) and _inside(m.source.module, self.package.name)
         )
 
     def verdicts(
         self, program: Program, modules: list[ModuleFacts], judged: dict[str, Match | Refusal]
     ) -> dict[str, Verdict]:
-        return {m.source.module: verdict(program, m, judged) for m in modules if is_model(m)}
-
-
-def is_model(module: ModuleFacts) -> bool:
-    """A module that mlx_lm's loader can ask for a model: it has a class `Model`."""
-    return "Model" in module.names
+        entry, nested = self.package.entry, self.package.nested
+        found = {
+            m.source.module: verdict(program, m, judged, entry, nested=nested)
+            for m in modules
+            if self.is_target(m)
+        }
+        return settle(program, found, judged) if nested else found
 
 
 def _inside(name: str, package: str) -> bool:

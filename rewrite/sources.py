@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -16,6 +17,10 @@ from .ir import Source
 LARGEST = 4 << 20  # bytes of one file; the largest of mlx_lm has 60 thousand
 
 
+# The classes that the loaders of mlx_lm and mlx_vlm ask a model's file or folder for.
+MODEL, LANGUAGE_MODEL = "Model", "LanguageModel"
+
+
 class SourceError(Exception):
     """SRC names nothing that can be compiled."""
 
@@ -25,13 +30,15 @@ class Package:
     """A folder of modules under one dotted name.
 
     `root` holds the files; `shown` is how paths in it start in messages; `upstream` names the
-    release they come from, or is empty.
+    release they come from, or is empty. `entry` is the class that the package's loader builds a
+    text model from: mlx_lm's `Model`, one file each, or mlx_vlm's `LanguageModel` in a folder.
     """
 
     name: str
     root: Path
     shown: str
     upstream: str
+    entry: str = MODEL
 
     def path_of(self, module: str) -> Path | None:
         """The file of a dotted module name inside the package."""
@@ -83,6 +90,22 @@ class Package:
                 path = Path(folder) / name
                 if name.endswith(".py"):
                     yield path, _problem_of_name(name[:-3]) or _problem_of_file(path, root)
+
+    @property
+    def nested(self) -> bool:
+        """A model is a folder of files, and its language model is one class among others."""
+        return self.entry == LANGUAGE_MODEL
+
+    def targets(self) -> list[str]:
+        """The modules to compile: of folders only those that define a language model.
+
+        Their vision towers and processors are neither read nor written.
+        """
+        if not self.nested:
+            return self.modules()
+        defines = re.compile(rb"^class %s\b" % self.entry.encode(), re.MULTILINE)
+        paths = {name: self.path_of(name) for name in self.modules()}
+        return [name for name, path in paths.items() if path and defines.search(path.read_bytes())]
 
     def read(self, module: str) -> Source | None:
         """The source of a module, or None if it is not in the package.
@@ -174,7 +197,12 @@ def _package_at(folder: Path) -> Package:
             names.insert(0, parent.name)
             parent = parent.parent
     name = ".".join(names)
-    return Package(name, root, name.replace(".", "/"), _release(name, root))
+    return Package(name, root, name.replace(".", "/"), _release(name, root), _entry(root))
+
+
+def _entry(folder: Path) -> str:
+    """Folders with a `language.py` in them are mlx_vlm's layout."""
+    return LANGUAGE_MODEL if next(folder.glob("*/language.py"), None) is not None else MODEL
 
 
 def _installed(name: str) -> Request:
@@ -190,13 +218,26 @@ def _installed(name: str) -> Request:
     base = Path(folders[0])
     folder = base.joinpath(*parts[1:])
     if folder.is_dir():
-        package = Package(name, folder, "/".join(parts), _release(name, folder))
-        return Request(package, None)
+        package = _part_of(name, folder)
+        if package.name == name:
+            return Request(package, None)
+        return Request(
+            package, tuple(m for m in package.targets() if m.startswith(f"{name}."))
+        )
     parent = ".".join(parts[:-1])
-    package = Package(parent, folder.parent, "/".join(parts[:-1]), _release(parent, folder.parent))
+    package = _part_of(parent, folder.parent)
     if len(parts) < 2 or package.path_of(name) is None:
         raise SourceError(f"{name}: {parts[0]} is installed, but it has no such module")
     return Request(package, (name,))
+
+
+def _part_of(name: str, folder: Path) -> Package:
+    """The package to name a module in: a model's folder is a part of the package around it."""
+    above = name.rpartition(".")[0]
+    if above and _entry(folder) == MODEL and _entry(folder.parent) == LANGUAGE_MODEL:
+        name, folder = above, folder.parent
+    shown = name.replace(".", "/")
+    return Package(name, folder, shown, _release(name, folder), _entry(folder))
 
 
 def _release(name: str, folder: Path) -> str:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
 
 from ..drivers import driver_edits
 from ..edits import decorate, insert, replace, site_comment
 from ..heads import last_rows_edit
-from ..ir import ClassFacts, Diagnostic, Edit, Import, Match, ModuleFacts, Plan, Refusal
+from ..ir import ClassFacts, Diagnostic, Edit, Import, Match, ModuleFacts, Plan, Refusal, Verdict
+from ..languages import contract, language_reasons
 from ..match import place
 from ..program import Program
+from ..sources import MODEL
 from .facts import absolute_module
 
 Judgements = Mapping[str, Match | Refusal]
 
+_CACHE_MODULES = ("mlx_lm.models.cache", "mlx_vlm.models.cache")
 # Cache classes that the runtime has specs for.
 CACHES = frozenset(
-    f"mlx_lm.models.cache.{name}"
+    f"{module}.{name}"
+    for module in _CACHE_MODULES
     for name in (
         "KVCache",
         "RotatingKVCache",
@@ -28,7 +31,6 @@ CACHES = frozenset(
     )
 )
 _RUNTIME_CACHES = "mlxrewrite.runtime.caches"
-_CACHE_MODULE = "mlx_lm.models.cache"
 _SITES = "mlxrewrite.runtime.sites"
 _HOMES = {  # where the runtime's names are, if not among the sites
     "initialize_rope": "mlxrewrite.runtime.rope",
@@ -40,18 +42,16 @@ _HOMES = {  # where the runtime's names are, if not among the sites
 _WORST = ("kernel", "gathered", "per-sequence")
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Verdict:
-    """How one file is run: token-major, the whole model once per sequence, or not at all."""
-
-    mode: str  # "sites" | "model" | "none"
-    entry: ClassFacts | None
-    reasons: tuple[Diagnostic, ...]  # why not token-major
-
-
-def verdict(program: Program, module: ModuleFacts, judgements: Judgements) -> Verdict:
+def verdict(
+    program: Program,
+    module: ModuleFacts,
+    judgements: Judgements,
+    entry_name: str = MODEL,
+    *,
+    nested: bool = False,
+) -> Verdict:
     """Decide the mode of a file from everything its entry class is built from."""
-    entry = entry_class(program, module)
+    entry = entry_class(program, module, entry_name)
     if entry is None:
         return Verdict("none", None, ())
     reasons: list[Diagnostic] = []
@@ -63,12 +63,14 @@ def verdict(program: Program, module: ModuleFacts, judgements: Judgements) -> Ve
             reasons += judged.diagnostics
     for cls in {**reachable, **own}.values():
         reasons += _foreign_caches(program, cls)
+    if nested:
+        reasons += language_reasons(program, entry, judgements)
     return Verdict("model" if reasons else "sites", entry, tuple(_unique(reasons)))
 
 
-def entry_class(program: Program, module: ModuleFacts) -> ClassFacts | None:
-    """The class `Model`, which mlx_lm's loader asks a module for, wherever it is defined."""
-    bound = module.names.get("Model")
+def entry_class(program: Program, module: ModuleFacts, name: str = MODEL) -> ClassFacts | None:
+    """The class that a loader asks a module for, wherever it is defined."""
+    bound = module.names.get(name)
     return program.class_of(bound.data) if bound is not None else None
 
 
@@ -78,8 +80,13 @@ def plan(
     judgements: Judgements,
     verdicts: Mapping[str, Verdict],
     targets: Collection[str],
+    *,
+    in_place: bool = False,
 ) -> Plan:
-    """All edits of one file. `targets` are the modules that get a generated file."""
+    """All edits of one file. `targets` are the modules that get a generated file.
+
+    With `in_place` a model that runs whole stays as it is: the runtime calls the original.
+    """
     name = module.source.module
     own = verdicts.get(name, Verdict("none", None, ()))
     matches = [
@@ -94,6 +101,9 @@ def plan(
     ]
     if own.mode == "none":
         return Plan(name, "none", (), tuple(refusals), (), ())
+    facts = contract(program, own.entry) if in_place and own.entry is not None else None
+    if own.mode == "model" and in_place:
+        return Plan(name, "model", (), tuple(refusals), own.reasons, (), facts)
     if own.mode == "model":
         return _whole_model_plan(program, module, own, refusals, verdicts, targets)
     edits = [edit for match in matches for edit in match.edits]
@@ -107,7 +117,8 @@ def plan(
     edits += _import_edits(program, module, targets, verdicts, paged=True)
     edits += _new_imports(module, names)
     route = _route(program, own, judgements)
-    return Plan(name, route, tuple(matches), tuple(refusals), drivers.notes, _sorted(edits))
+    ordered = _sorted(edits)
+    return Plan(name, route, tuple(matches), tuple(refusals), drivers.notes, ordered, facts)
 
 
 def _whole_model_plan(
@@ -201,8 +212,9 @@ def _import_edits(
         if statement.alias is not None:
             continue
         base = absolute_module(statement, source.module, is_package=source.is_package)
-        if base == _CACHE_MODULE:
-            new = _RUNTIME_CACHES if paged else base
+        if base in _CACHE_MODULES:
+            known = all(f"{base}.{imported}" in CACHES for _, imported in statement.names)
+            new = _RUNTIME_CACHES if paged and known else base
             if new != source.text(statement.module_span):
                 edits.append(replace(source, statement.module_span, new, "import"))
             continue

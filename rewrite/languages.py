@@ -1,0 +1,246 @@
+"""Language models that stand inside a larger model: what the runtime must know to call them.
+
+The larger model prepares embeddings, and positions where they are not plain; its language model
+runs on them. On the kernel route the runtime passes ids, embeddings, caches and explicit position
+ids, and nothing else, so branches that need more are dead here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from .ir import ClassFacts, Contract, Diagnostic, Match, Method, Refusal, Value, Verdict
+from .match import callee_name, is_none_test, place
+from .program import Program
+
+# The names by which mlx_vlm's generation hands these to a language model.
+POSITIONS = "position_ids"
+_GIVEN = frozenset({"self", "inputs", "input_ids", "inputs_embeds", "cache", POSITIONS})
+_FIRST_ROW = "mlx_vlm.models.base.cache_position_offset"
+_SETUP = frozenset({"__init__", "__post_init__", "sanitize", "shard", "from_dict"})
+_HOST = frozenset({"item", "tolist"})
+_ORDERS = frozenset({"<", "<=", ">", ">=", "==", "!="})
+
+
+def contract(program: Program, entry: ClassFacts) -> Contract:
+    """The facts of a language model's class that its caller depends on."""
+    found = program.method(entry, "__call__")
+    positions = found is not None and _takes_positions(found[1])
+    state = {}
+    for cls in program.reachable(entry).values():
+        for owner in program.lineage(cls):
+            names = _stored(owner)
+            if names:
+                state[owner.qualified] = names
+    return Contract(entry.qualified, positions, tuple(sorted(state.items())))
+
+
+def language_reasons(
+    program: Program, entry: ClassFacts, judgements: Mapping[str, Match | Refusal]
+) -> list[Diagnostic]:
+    """Why a language model cannot run on rows of many sequences, beyond what its mixers say."""
+    reasons: list[Diagnostic] = []
+    reachable = program.reachable(entry)
+    where = place(program.modules[entry.module].source, entry.syntax.name_span)
+    kernels = [m for name in reachable if isinstance(m := judgements.get(name), Match)]
+    if not kernels:
+        message = f"no class that `{entry.name}` is built from is known to mix tokens"
+        reasons.append(Diagnostic("no-kind", message, where))
+    for match in kernels:
+        if match.route != "kernel":
+            name = match.class_name.rsplit(".", 1)[-1]
+            message = f"`{name}` ({match.kind}) has no kernel for mlx_vlm's caches"
+            reasons.append(Diagnostic("cache-class", message, where))
+    found = program.method(entry, "__call__")
+    if found is None:
+        return [*reasons, Diagnostic("no-entry", f"`{entry.name}` has no forward method", where)]
+    names = {parameter.name for parameter in found[1].function.parameters}
+    for needed in ("inputs_embeds", "cache"):
+        if needed not in names:
+            message = f"`{entry.name}` takes no `{needed}`"
+            reasons.append(Diagnostic("no-entry", message, where))
+    explicit = _takes_positions(found[1])
+    called = _called(program, reachable.values())
+    for cls in reachable.values():
+        for owner in program.lineage(cls):
+            for name, method in owner.methods.items():
+                if name == "__call__" or name in called:
+                    entry_forward = method is found[1]
+                    reasons += _host_positions(
+                        program, owner, method, top=entry_forward, explicit=explicit
+                    )
+    return reasons
+
+
+def outside(program: Program, name: str, judged: Match | Refusal) -> Refusal:
+    """A mixer in a module that gets no generated file stays as it is, so nothing can page it."""
+    if isinstance(judged, Refusal):
+        return judged
+    cls = program.class_of(name)
+    assert cls is not None
+    where = place(program.modules[cls.module].source, cls.syntax.name_span)
+    message = f"`{cls.name}` mixes tokens in a file without a language model of its own"
+    return Refusal(name, (Diagnostic("sibling", message, where),))
+
+
+def settle(
+    program: Program, verdicts: Mapping[str, Verdict], judgements: Mapping[str, Match | Refusal]
+) -> dict[str, Verdict]:
+    """A model whose mixers come from a file that is not rewritten is not rewritten either."""
+    settled = dict(verdicts)
+    while True:
+        changed = False
+        for name, own in settled.items():
+            if own.mode != "sites" or own.entry is None:
+                continue
+            for cls in program.reachable(own.entry).values():
+                other = settled.get(cls.module)
+                paged = other is not None and other.mode == "sites"
+                if paged or not isinstance(judgements.get(cls.qualified), Match):
+                    continue
+                where = place(program.modules[cls.module].source, cls.syntax.name_span)
+                message = f"`{cls.name}` stands in a file that is not rewritten"
+                reason = Diagnostic("sibling", message, where)
+                settled[name] = Verdict("model", own.entry, (reason,))
+                changed = True
+                break
+        if not changed:
+            return settled
+
+
+# --------------------------------------------------------------------------- facts
+
+
+def _takes_positions(method: Method) -> bool:
+    if any(parameter.name == POSITIONS for parameter in method.function.parameters):
+        return True
+    return any(_optional(effect.value) == POSITIONS for effect in method.calls())
+
+
+def _stored(cls: ClassFacts) -> tuple[str, ...]:
+    """Attributes of itself that a class sets after it was built."""
+    found = set()
+    for name, method in cls.methods.items():
+        if name in _SETUP or not method.params:
+            continue
+        for effect in method.effects:
+            target = effect.target
+            if effect.kind in ("store", "augment") and target is not None and target.op == "attr":
+                if target.args[0] is method.params[0]:
+                    found.add(str(target.data))
+    return tuple(sorted(found))
+
+
+def _called(program: Program, classes: Iterable[ClassFacts]) -> frozenset[str]:
+    """Names of methods that some method of the classes calls."""
+    return frozenset(
+        effect.value.args[0].data
+        for cls in classes
+        for owner in program.lineage(cls)
+        for method in owner.methods.values()
+        for effect in method.calls()
+        if effect.value.args[0].op == "attr"
+    )
+
+
+# --------------------------------------------------------------------------- positions
+
+
+def _host_positions(
+    program: Program, cls: ClassFacts, method: Method, *, top: bool, explicit: bool
+) -> Iterator[Diagnostic]:
+    """Places that take one position for all rows: numbers of the host, tests, entry 0.
+
+    `top` is the entry's forward. If it gets position ids (`explicit`), the offset that mlx_vlm's
+    helper reads for prompts without them is not used.
+    """
+    source = program.modules[cls.module].source
+    for value in _live_values(method, top=top):
+        message = None
+        if value.op == "call":
+            callee = value.args[0]
+            if callee.op == "attr" and callee.data in _HOST and _is_position(callee.args[0]):
+                message = f"`.{callee.data}()` of a position: rows have one each"
+            elif callee_name(program, value) == "builtins.int" and len(value.args) == 2:
+                if _is_position(value.args[1]):
+                    message = "`int` of a position: rows have one each"
+            elif callee_name(program, value) == _FIRST_ROW and not (top and explicit):
+                message = "one position for all rows"
+        elif value.op == "index" and value.args[1].op == "const":
+            if _is_position(value.args[0]) and type(value.args[1].data) is int:
+                message = "the position of one row, for all rows"
+        elif value.op == "compare" and set(value.data) & _ORDERS:
+            if any(_is_position(part) for part in value.args):
+                message = "a test of a position decides for all rows"
+        if message is not None:
+            yield Diagnostic("position-special", message, place(source, value.span))
+
+
+def _is_position(value: Value, depth: int = 0) -> bool:
+    """The value is an offset of a cache, or computed from it and numbers."""
+    if depth > 8:
+        return False
+    if value.op == "attr":
+        return value.data == "offset"
+    if value.op == "phi":
+        return any(_is_position(part, depth + 1) for part in value.args[1:])
+    if value.op in ("binary", "unary", "item", "index"):
+        return any(_is_position(part, depth + 1) for part in value.args)
+    return False
+
+
+def _live_values(method: Method, *, top: bool) -> Iterator[Value]:
+    """Values of a method that can come to be when nothing is passed but what the runtime passes."""
+    seen: set[int] = set()
+    for effect in method.effects:
+        if any(_decide(test, top) is (not held) for test, held in effect.path.conditions):
+            continue
+        roots = [effect.value, effect.target, *(test for test, _ in effect.path.conditions)]
+        stack = [root for root in roots if root is not None]
+        while stack:
+            value = stack.pop()
+            if id(value) in seen:
+                continue
+            seen.add(id(value))
+            yield value
+            if value.op == "phi" and (known := _decide(value.args[0], top)) is not None:
+                stack.append(value.args[1] if known else value.args[2])
+            else:
+                stack.extend(value.args)
+
+
+def _decide(test: Value, top: bool) -> bool | None:
+    """How a test ends, if that follows from what is passed to an entry's forward (`top`)."""
+    if not top:
+        return None
+    if test.op == "bool":
+        sides = [_decide(part, top) for part in test.args]
+        stop = test.data == "or"
+        if stop in sides:
+            return stop
+        return None if None in sides else not stop
+    if test.op == "unary" and test.data == "not":
+        inner = _decide(test.args[0], top)
+        return None if inner is None else not inner
+    none = is_none_test(test)
+    if none is not None and test.op == "compare":
+        given = _optional(none[0])
+        if given is None:
+            return None
+        return none[1] if given != POSITIONS else not none[1]
+    if _optional(test) not in (None, POSITIONS):
+        return False
+    return None
+
+
+def _optional(value: Value) -> str | None:
+    """The name of an optional argument of an entry's forward: of its own, or from `**kwargs`."""
+    if value.op == "param":
+        return None if value.data[1] in _GIVEN - {POSITIONS} else str(value.data[1])
+    if value.op != "call" or value.args[0].op != "attr" or len(value.args) < 2:
+        return None
+    callee, key = value.args[0], value.args[1]
+    if callee.data not in ("pop", "get") or callee.args[0].op != "param":
+        return None
+    default = value.args[2].data if len(value.args) > 2 and value.args[2].op == "const" else None
+    return str(key.data) if key.op == "const" and not default else None
