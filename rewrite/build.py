@@ -158,7 +158,8 @@ def _compile_chunk(package: Package, modules: list[str]) -> Iterator[Built]:
             continue
         emitted = result.emitted
         manifest = emitted.manifest if emitted is not None else None
-        if emitted is not None and emitted.plan.route == "none" and not emitted.plan.edits:
+        plan = emitted.plan if emitted is not None else None
+        if plan is not None and plan.route == "none" and not plan.edits and not plan.notes:
             manifest = None
         code = emitted.code if emitted is not None and manifest is not None else None
         yield Built(name, code, manifest, result.errors, result.inputs)

@@ -210,7 +210,7 @@ def _finish(
     if any(item.content.get("route") == "refused" for item in built):
         status = max(status, 1)
     if not options.quiet and options.mode in ("write", "check"):
-        _print_table(built)
+        _print_table(package, built)
     return status
 
 
@@ -246,7 +246,7 @@ def _report_row(item: Built) -> dict[str, Any]:
     return row
 
 
-def _print_table(built: list[Built]) -> None:
+def _print_table(package: Package, built: list[Built]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -259,12 +259,25 @@ def _print_table(built: list[Built]) -> None:
             continue
         content = item.content
         routes[content["route"]] += 1
-        _add_rows(table, item.module.rsplit(".", 1)[-1], content)
+        name = item.module.removeprefix(f"{package.name}.")
+        _add_rows(table, name.partition(".")[0] if package.nested else name, content)
     width = None if sys.stdout.isatty() else 140
     console = Console(width=width)
     console.print(table)
     total = ", ".join(f"{count} {route}" for route, count in sorted(routes.items()))
     console.print(f"{sum(routes.values())} model files: {total}", highlight=False)
+    if package.nested:
+        _print_folders(console, package, {item.module for item in built if item.manifest})
+
+
+def _print_folders(console: Any, package: Package, done: set[str]) -> None:
+    """The folders without a language model of their own."""
+    own = {name.removeprefix(f"{package.name}.").partition(".")[0] for name in done}
+    others = {name: sorted(f) for name, f in package.followed(own).items() if name not in own}
+    rest = sorted(name for name, follows in others.items() if not follows)
+    shown = ", ".join(f"{name} ({' '.join(f)})" for name, f in sorted(others.items()) if f)
+    console.print(f"use the language model of another folder: {shown}", highlight=False)
+    console.print(f"nothing to rewrite: {', '.join(rest)}", highlight=False)
 
 
 def _add_rows(table: Any, name: str, content: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ SLUGS: dict[str, str] = {
     "row-mixing": "an operation mixes tokens outside a recognised site",
     "token-count": "the number of tokens is used as data",
     "position-special": "a position is treated specially outside a recognised site",
+    "not-autoregressive": "the model does not generate by appending tokens to its caches",
     "unknown-operation": "an operation whose effect on tokens is not known",
 }
 

@@ -17,6 +17,7 @@ from .program import Program
 POSITIONS = "position_ids"
 _GIVEN = frozenset({"self", "inputs", "input_ids", "inputs_embeds", "cache", POSITIONS})
 _FIRST_ROW = "mlx_vlm.models.base.cache_position_offset"
+_ENCODED = frozenset({"decoder_input_ids", "encoder_outputs"})
 _SETUP = frozenset({"__init__", "__post_init__", "sanitize", "shard", "from_dict"})
 _HOST = frozenset({"item", "tolist"})
 _ORDERS = frozenset({"<", "<=", ">", ">=", "==", "!="})
@@ -33,6 +34,25 @@ def contract(program: Program, entry: ClassFacts) -> Contract:
             if names:
                 state[owner.qualified] = names
     return Contract(entry.qualified, positions, tuple(sorted(state.items())))
+
+
+def unsuitable(program: Program, entry: ClassFacts) -> tuple[Diagnostic, ...] | None:
+    """Whether the class is no language model that appends to caches; with reasons if it generates.
+
+    Detectors and text encoders have classes of the same name, which take no cache.
+    """
+    found = program.method(entry, "__call__")
+    if found is None:
+        return None
+    names = {parameter.name for parameter in found[1].function.parameters}
+    where = place(program.modules[entry.module].source, entry.syntax.name_span)
+    if "cache" not in names:
+        return ()
+    if names & _ENCODED:
+        message = f"`{entry.name}` decodes what an encoder made of the prompt"
+        label = "batches of encoder and decoder sequences are not supported"
+        return (Diagnostic("not-autoregressive", message, where, label, act="fundamental"),)
+    return None
 
 
 def language_reasons(
@@ -181,7 +201,7 @@ def _is_position(value: Value, depth: int = 0) -> bool:
     if depth > 8:
         return False
     if value.op == "attr":
-        return value.data == "offset"
+        return bool(value.data == "offset")
     if value.op == "phi":
         return any(_is_position(part, depth + 1) for part in value.args[1:])
     if value.op in ("binary", "unary", "item", "index"):
@@ -215,7 +235,7 @@ def _decide(test: Value, top: bool) -> bool | None:
         return None
     if test.op == "bool":
         sides = [_decide(part, top) for part in test.args]
-        stop = test.data == "or"
+        stop = bool(test.data == "or")
         if stop in sides:
             return stop
         return None if None in sides else not stop
@@ -224,10 +244,10 @@ def _decide(test: Value, top: bool) -> bool | None:
         return None if inner is None else not inner
     none = is_none_test(test)
     if none is not None and test.op == "compare":
-        given = _optional(none[0])
+        given, is_none = _optional(none[0]), none[1]
         if given is None:
             return None
-        return none[1] if given != POSITIONS else not none[1]
+        return is_none if given != POSITIONS else not is_none
     if _optional(test) not in (None, POSITIONS):
         return False
     return None

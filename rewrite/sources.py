@@ -107,6 +107,31 @@ class Package:
         paths = {name: self.path_of(name) for name in self.modules()}
         return [name for name, path in paths.items() if path and defines.search(path.read_bytes())]
 
+    def folders(self) -> list[str]:
+        """The folders with Python files in them, one a model where the layout is nested."""
+        return sorted(path.parent.name for path in self.root.glob("*/__init__.py"))
+
+    def followed(self, own: set[str]) -> dict[str, set[str]]:
+        """For each folder the folders of `own` that it imports from, directly or through others."""
+        dotted = re.escape(self.name.encode())
+        sibling = re.compile(rb"^\s*from (?:\.\.|%s\.)(\w+)[\w.]* import" % dotted, re.MULTILINE)
+        known = set(self.folders())
+        found = {
+            name: {
+                other.decode()
+                for path in sorted((self.root / name).glob("*.py"))
+                for other in sibling.findall(path.read_bytes())
+            }
+            & known
+            for name in known
+        }
+        for _ in known:
+            more = {n: f | {o for x in f - own for o in found[x]} for n, f in found.items()}
+            if more == found:
+                break
+            found = more
+        return {name: (others & own) - {name} for name, others in found.items()}
+
     def read(self, module: str) -> Source | None:
         """The source of a module, or None if it is not in the package.
 
@@ -221,9 +246,7 @@ def _installed(name: str) -> Request:
         package = _part_of(name, folder)
         if package.name == name:
             return Request(package, None)
-        return Request(
-            package, tuple(m for m in package.targets() if m.startswith(f"{name}."))
-        )
+        return Request(package, tuple(m for m in package.targets() if m.startswith(f"{name}.")))
     parent = ".".join(parts[:-1])
     package = _part_of(parent, folder.parent)
     if len(parts) < 2 or package.path_of(name) is None:

@@ -36,6 +36,7 @@ class Manifest:
     output_sha256: str | None
     route: str
     refused: tuple[str, ...]
+    contract: Mapping[str, Any] | None = None  # of a language model inside a larger one
 
 
 def generated_folder(chosen: str | Path | None = None, package: str = PACKAGE) -> Path:
@@ -57,13 +58,15 @@ def generated_folder(chosen: str | Path | None = None, package: str = PACKAGE) -
 def load_generated(folder: Path, module: str) -> ModuleType:
     """Import `<folder>/<module>.py`, after checking it and every sibling that it imports.
 
+    Of a folder in the folder, `module` is `inner/module`.
+
     Raises:
         NotGenerated: a file is missing, stale, or not what the compiler wrote; the text names the
             command that fixes it.
     """
     check(folder, module)
     name = _package(folder.resolve())
-    return importlib.import_module(f"{name}.{module}")
+    return importlib.import_module(f"{name}.{module.replace('/', '.')}")
 
 
 def load_own(folder: Path, source: Path) -> ModuleType:
@@ -96,7 +99,7 @@ def check(folder: Path, module: str) -> Manifest:
 
 def _checked(folder: Path, module: str) -> tuple[Manifest, bytes]:
     """The manifest and the very bytes that were compared with it: only these may be run."""
-    if not module or module.startswith(".") or any(c in module for c in "/\\\0:"):
+    if not all(_is_name(part) for part in module.split("/", 1)):
         raise NotGenerated(f"{module!r} is not the name of a model file")
     path, record = folder / f"{module}.py", folder / f"{module}.json"
     if not record.is_file():
@@ -107,12 +110,14 @@ def _checked(folder: Path, module: str) -> tuple[Manifest, bytes]:
             f"{record} is for runtime API {manifest.api}, this runtime has {API}; "
             f"{_fix(manifest.module, folder)}"
         )
-    if manifest.module.rpartition(".")[2] != module:
+    if not f".{manifest.module}".endswith(f".{module.replace('/', '.')}"):
         raise NotGenerated(
             f"{record} is the manifest of {manifest.module}, not of {module}; "
             f"{_fix(manifest.module, folder)}"
         )
     _check_sources(path, manifest, folder)
+    if manifest.output_sha256 is None and manifest.contract and manifest.route == "model":
+        return manifest, b""  # the original runs, once per sequence
     if manifest.output_sha256 is None:
         why = "; ".join(manifest.refused) or "no reason recorded"
         raise NotGenerated(f"{manifest.module} was refused by the compiler: {why}")
@@ -128,6 +133,10 @@ def _checked(folder: Path, module: str) -> tuple[Manifest, bytes]:
             f"{_fix(manifest.module, folder)}"
         )
     return manifest, data
+
+
+def _is_name(part: str) -> bool:
+    return bool(part) and not part.startswith(".") and not any(c in part for c in "/\\\0:")
 
 
 def _check_sources(path: Path, manifest: Manifest, folder: Path) -> None:
@@ -187,6 +196,7 @@ def _read(record: Path) -> Manifest:
             got["output_sha256"],
             got["route"],
             tuple(refused),
+            got.get("contract"),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         raise NotGenerated(
@@ -249,10 +259,14 @@ class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: object = None, target: object = None
     ) -> ModuleSpec | None:
-        parent, _, module = fullname.rpartition(".")
-        if parent != self.name:
+        if not fullname.startswith(f"{self.name}."):
             return None
+        module = fullname.removeprefix(f"{self.name}.").replace(".", "/")
+        if (self.folder / module).is_dir():
+            return ModuleSpec(fullname, None, is_package=True)
         manifest, data = _checked(self.folder, module)
+        if manifest.output_sha256 is None:
+            raise NotGenerated(f"{manifest.module} is not rewritten: it runs once per sequence")
         self.loaded[module] = manifest.output_sha256
         path = self.folder / f"{module}.py"
         spec = ModuleSpec(fullname, _Loader(data, path), origin=str(path))

@@ -1,13 +1,13 @@
 #!/bin/sh
 # Lint, types and tests. `scripts/test.sh --all` adds the tests marked slow.
 all=${1:-}
-set -- dev,runner,serve
+set -- dev,runner,serve,vlm
 . "$(dirname "$0")/setup.sh"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/python scripts/typecheck.py
-.venv/bin/mlxrewrite -q
-.venv/bin/mlxrewrite -q --check
+.venv/bin/mlxrewrite -q mlx_lm.models mlx_vlm.models
+.venv/bin/mlxrewrite -q --check mlx_lm.models mlx_vlm.models
 .venv/bin/python -m pytest -q -n 2 -m "not slow and not metal and not cuda"
 if [ "$all" = --all ]; then
     .venv/bin/python -m pytest -q -n 2 -m "slow and not metal and not cuda"

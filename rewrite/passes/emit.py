@@ -41,7 +41,9 @@ def emit(
     source = module.source
     stem = source.module.rsplit(".", 1)[-1]
     code = None
-    stays = plan.contract is not None and plan.route == "model"
+    stays = (plan.contract is not None and plan.route == "model") or (
+        plan.route == "none" and bool(plan.notes)
+    )
     if plan.route not in ("none-mixed", "refused") and not stays:
         origin = f"# {version}, sha256 {source.sha256}\n" if version else ""
         origin = origin or f"# sha256 {source.sha256}\n"

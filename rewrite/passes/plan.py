@@ -8,7 +8,7 @@ from ..drivers import driver_edits
 from ..edits import decorate, insert, replace, site_comment
 from ..heads import last_rows_edit
 from ..ir import ClassFacts, Diagnostic, Edit, Import, Match, ModuleFacts, Plan, Refusal, Verdict
-from ..languages import contract, language_reasons
+from ..languages import contract, language_reasons, unsuitable
 from ..match import place
 from ..program import Program
 from ..sources import MODEL
@@ -54,6 +54,8 @@ def verdict(
     entry = entry_class(program, module, entry_name)
     if entry is None:
         return Verdict("none", None, ())
+    if nested and (told := unsuitable(program, entry)) is not None:
+        return Verdict("none", None, told)
     reasons: list[Diagnostic] = []
     reachable = program.reachable(entry)
     own = {cls.qualified: cls for cls in module.classes.values()}
@@ -100,7 +102,7 @@ def plan(
         if isinstance(judged := judgements.get(cls.qualified), Refusal)
     ]
     if own.mode == "none":
-        return Plan(name, "none", (), tuple(refusals), (), ())
+        return Plan(name, "none", (), tuple(refusals), own.reasons, ())
     facts = contract(program, own.entry) if in_place and own.entry is not None else None
     if own.mode == "model" and in_place:
         return Plan(name, "model", (), tuple(refusals), own.reasons, (), facts)

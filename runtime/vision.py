@@ -1,0 +1,450 @@
+"""Language models of mlx_vlm under a ragged batch.
+
+The model is loaded by mlx_vlm itself. Where its language model was rewritten, its modules take the
+rewritten classes: weights, quantisation and the vision tower stay as they are. The others run as
+they are, once per sequence, over that sequence's own caches.
+
+What mlx_vlm keeps on the model between calls (position ids, rope deltas) belongs to one sequence,
+and is kept with it here: in `Prepared`, never on the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx import nn
+from mlx_vlm.models import cache as own_caches
+from mlxrewrite.kernels.ops import Ragged
+
+from . import caches as specs
+from .cache import PagedCache
+from .errors import NotGenerated, RuntimeRefusal
+from .manifest import Manifest, check, generated_folder, load_generated
+from .rows import Rows
+from .views import View
+
+PACKAGE = "mlx_vlm"
+_MODELS = "mlx_vlm.models."
+# What a rewritten language model can be given row by row.
+_BY_ROW = frozenset({"position_ids", "rope_deltas"})
+# One position for all rows: fine for one sequence, wrong for many.
+_ONE_LENGTH_ROPES = frozenset({"DynamicNTKScalingRoPE"})
+
+for _name in ("KVCache", "RotatingKVCache", "ChunkedKVCache", "ArraysCache", "CacheList"):
+    getattr(specs, _name).register(getattr(own_caches, _name))
+
+State = dict[tuple[int, str], Any]
+
+
+@dataclass(slots=True, eq=False)
+class Prepared:
+    """A prompt as its language model gets it; made by `VisionModel.prepare`.
+
+    ids [L]; `embeds` [1, L, D] and `features`, the keyword arguments, come from the model's own
+    `get_input_embeddings`. `positions` [3, L], or [L, 3] where the model stacks them last, and
+    `delta`, what is added to positions behind the prompt. `state` is what the model keeps on itself
+    about this sequence.
+    """
+
+    ids: list[int]
+    embeds: mx.array
+    features: dict[str, Any]
+    positions: np.ndarray | None
+    axis: int
+    delta: int
+    images: bool
+    state: State = field(default_factory=dict)
+    step: dict[str, Any] = field(default_factory=dict)  # arguments of steps behind the prompt
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Swap:
+    module: nn.Module
+    original: type
+    rewritten: type
+
+
+class VisionModel:
+    """A model of mlx_vlm as `PagedCache` takes it: rewritten, or once per sequence.
+
+    `route` is "kernel" or "model" (the whole language model once per sequence), `why` says why not
+    the kernel.
+    """
+
+    def __init__(self, model: nn.Module, generated: str | Path | None = None) -> None:
+        self.model = model
+        self.language: Any = model.language_model
+        self._swaps: list[_Swap] = []
+        self._prompts: dict[int, Prepared] = {}
+        self.manifest, self.why = _manifest(self.language, generated)
+        self._state = _state_places(self.language, self.manifest)
+        self._fresh = self._read_state()
+        if self.manifest is not None and not self.why:
+            self._swaps = _swaps(self.language, generated_folder(generated, PACKAGE))
+        self._take("rewritten")
+
+    @property
+    def route(self) -> str:
+        return "model" if self.why else "kernel"
+
+    @property
+    def takes_positions(self) -> bool:
+        """The language model takes explicit position ids."""
+        contract = self.manifest.contract if self.manifest is not None else None
+        return bool(contract and contract["positions"])
+
+    def make_cache(self) -> list[Any]:
+        """Specs of the caches on the kernel route, else mlx_vlm's own caches."""
+        made = own_caches.make_prompt_cache(self.language)
+        if self.route == "model":
+            return list(made)
+        return [_spec(entry) for entry in made]
+
+    def original_caches(self) -> list[Any]:
+        """mlx_vlm's own caches for one sequence."""
+        with self.original():
+            return list(own_caches.make_prompt_cache(self.language))
+
+    @contextmanager
+    def original(self) -> Iterator[None]:
+        """The original classes for the time being, with the same weights."""
+        self._take("original")
+        try:
+            yield
+        finally:
+            self._take("rewritten")
+
+    def _take(self, form: str) -> None:
+        for swap in self._swaps:
+            # The same object under another class: only methods differ.
+            swap.module.__class__ = getattr(swap, form)
+
+    # ---------------------------------------------------------------- prompts
+
+    def prepare(self, ids: Sequence[int], **inputs: Any) -> Prepared:
+        """Run the model's own `get_input_embeddings` on one prompt.
+
+        `inputs` are what mlx_vlm's processor returns beside the ids: pixel values, grids, masks.
+        """
+        array = mx.array([list(ids)], mx.int32)
+        self._write_state(self._fresh)
+        given = {name: value for name, value in inputs.items() if value is not None}
+        pixels = given.pop("pixel_values", None)
+        mask = given.pop("mask", None)
+        with self.original():
+            found = self.model.get_input_embeddings(array, pixels, mask=mask, **given)
+        features = dict(given)
+        features |= {
+            name: value
+            for name, value in found.to_dict().items()
+            if name != "inputs_embeds" and value is not None
+        }
+        prepared = Prepared(
+            list(ids), found.inputs_embeds, features, None, 0, 0, pixels is not None
+        )
+        prepared.state = self._read_state()
+        if self.takes_positions:
+            self._set_positions(prepared)
+        self._write_state(self._fresh)
+        return prepared
+
+    def _set_positions(self, prepared: Prepared) -> None:
+        given = prepared.features.get("position_ids")
+        if given is None:
+            return
+        table = np.array(given)
+        if table.ndim == 2:  # the same on all axes
+            table = np.broadcast_to(table[None], (3, *table.shape))
+        prepared.axis = 1 if table.shape[0] == 1 and table.shape[-1] == 3 else 0
+        prepared.positions = table[0] if prepared.axis else table[:, 0]
+        deltas = prepared.features.get("rope_deltas")
+        if deltas is not None:
+            prepared.delta = int(np.array(deltas).ravel()[0])
+
+    def attach(self, sequence: int, prepared: Prepared) -> None:
+        """The sequence of a `PagedCache` that reads this prompt."""
+        self._prompts[sequence] = prepared
+
+    def detach(self, sequence: int) -> None:
+        self._prompts.pop(sequence, None)
+
+    def by_rows(self, prepared: Prepared) -> bool:
+        """The prompt can be read row by row, mixed with others and in chunks."""
+        if self.route != "kernel":
+            return False
+        if not prepared.images:
+            return True
+        wanted = set(prepared.features) - _BY_ROW - _PROCESSOR
+        return not wanted and (prepared.positions is not None or not self.takes_positions)
+
+    # ------------------------------------------------------------------- step
+
+    def __call__(self, ids: mx.array, cache: list[View]) -> mx.array:
+        """Logits of the wanted rows of a step, [S, 1, V]."""
+        batch = cache[0].batch
+        if self.route == "model":
+            return self._once_per_sequence(ids, cache)
+        before = self._read_state(top=True)
+        given: dict[str, Any] = {}
+        if self.takes_positions:
+            given["position_ids"] = self._row_positions(batch.rows)
+        embeds = self._row_embeds(ids, batch.rows)
+        if embeds is not None:
+            given["inputs_embeds"] = embeds
+        logits: mx.array = self.language(ids, cache=cache, **given).logits
+        if any(self._read_state(top=True)[place] is not value for place, value in before.items()):
+            raise RuntimeError("the language model kept state of a batch on itself")
+        return logits
+
+    def _row_positions(self, rows: Sequence[Rows]) -> mx.array:
+        """[3, T, 1], or [T, 1, 3] where the model stacks them last."""
+        columns, axis = [], 0
+        for part in rows:
+            prepared = self._prompts.get(part.sequence)
+            places = np.arange(part.position, part.end)
+            columns.append(np.broadcast_to(places, (3, part.length)))
+            if prepared is None or prepared.positions is None:
+                continue
+            axis = prepared.axis
+            table = prepared.positions.T if axis else prepared.positions
+            inside = places < table.shape[1]
+            known = table[:, places[inside]]
+            behind = np.broadcast_to(places[~inside] + prepared.delta, (3, int((~inside).sum())))
+            columns[-1] = np.concatenate([known, behind], axis=1)
+        table = np.concatenate(columns, axis=1).astype(np.int32)
+        return mx.array(table.T[:, None] if axis else table[:, :, None])
+
+    def _row_embeds(self, ids: mx.array, rows: Sequence[Rows]) -> mx.array | None:
+        """[T, 1, D], if some rows are of a prompt with images; ids are enough for the others."""
+        if not any(self._reads_images(part) for part in rows):
+            return None
+        parts: list[mx.array | None] = []
+        plain = []
+        for part in rows:
+            if self._reads_images(part):
+                prompt = self._prompts[part.sequence]
+                parts.append(prompt.embeds[0, part.position : part.end])
+            else:
+                plain.append(ids[part.start : part.stop, 0])
+                parts.append(None)
+        if plain:
+            with self.original():
+                text = self.model.get_input_embeddings(mx.concatenate(plain)[None], None)
+            found, start = text.inputs_embeds[0], 0
+            for index, part in enumerate(rows):
+                if parts[index] is None:
+                    parts[index] = found[start : start + part.length]
+                    start += part.length
+        dtype = next(self._prompts[p.sequence].embeds.dtype for p in rows if self._reads_images(p))
+        return mx.concatenate([p.astype(dtype) for p in parts if p is not None])[:, None]
+
+    def _reads_images(self, part: Rows) -> bool:
+        prompt = self._prompts.get(part.sequence)
+        return prompt is not None and prompt.images and part.position < len(prompt)
+
+    # ----------------------------------------------------------- once per sequence
+
+    def _once_per_sequence(self, ids: mx.array, cache: list[View]) -> mx.array:
+        batch = cache[0].batch
+        kept = []
+        for part in batch.rows:
+            prompt = self._prompts.get(part.sequence)
+            tokens = ids[part.start : part.stop].reshape(1, -1)
+            originals = batch.originals.of(part.sequence)
+            logits = self.run_one(prompt, tokens, originals, part.position)[0]
+            rows = [row - part.start for row in batch.wanted if part.start <= row < part.stop]
+            if rows:
+                kept.append(logits[mx.array(rows)])
+        return mx.concatenate(kept)[:, None]
+
+    def run_one(
+        self, prompt: Prepared | None, tokens: mx.array, caches: list[Any], position: int
+    ) -> mx.array:
+        """The original language model on tokens [1, L] of one sequence: logits [1, L, V]."""
+        count = tokens.shape[1]
+        given: dict[str, Any] = {}
+        if prompt is not None and position < len(prompt):
+            if prompt.images and count + position < len(prompt):
+                raise RuntimeRefusal("a prompt with images is read in one step")
+            given = dict(prompt.features)
+            embeds = prompt.embeds[:, position : position + count]
+            if embeds.shape[1] == count:
+                given["inputs_embeds"] = embeds
+        elif prompt is not None:
+            given = dict(prompt.step)
+        self._write_state(prompt.state if prompt is not None else self._fresh)
+        with self.original():
+            output = self.language(tokens, cache=caches, **given)
+        if prompt is not None:
+            prompt.state = self._read_state()
+            for name in ("cross_attention_states", "encoder_outputs"):
+                if getattr(output, name, None) is not None:
+                    prompt.step = {name: getattr(output, name)}
+        self._write_state(self._fresh)
+        logits: mx.array = output.logits
+        return logits
+
+    def read_alone(self, cache: PagedCache, prompt: Prepared) -> tuple[int, mx.array]:
+        """Read a whole prompt by the original model and page its keys: the sequence, logits [1, V].
+
+        For prompts whose masks or features have no form by rows.
+        """
+        originals = self.original_caches()
+        logits = self.run_one(prompt, mx.array([prompt.ids], mx.int32), originals, 0)[:, -1]
+        mx.eval(logits, [entry.state for entry in originals])
+        self._after_original(prompt)
+        sequence = cache.begin(len(prompt))
+        cache.open_step()
+        for path, leaf in cache.leaves.items():
+            entry = originals[path[0]]
+            for index in path[1:]:
+                entry = entry[index]
+            table = cache.tables(sequence)[leaf.group]
+            count = len(prompt) - table.dropped * cache.block_size
+            keys, values = _in_order(entry, len(prompt), count)
+            ragged = Ragged.build(
+                [count], [len(prompt)], [table.blocks], cache.block_size, [table.dropped]
+            )
+            leaf.pool.write(keys, values, ragged, cache.serial)
+        self.attach(sequence, prompt)
+        return sequence, logits
+
+    def _after_original(self, prompt: Prepared) -> None:
+        """Position ids that the model only made while it ran."""
+        if not self.takes_positions or prompt.positions is not None:
+            return
+        for (_, name), value in prompt.state.items():
+            if name == "_rope_deltas" and value is not None:
+                prompt.delta = int(np.array(value).ravel()[0])
+                # Only positions behind the prompt are asked for from now on.
+                prompt.positions = np.zeros((3, len(prompt)), np.int64)
+
+    # ------------------------------------------------------------------ state
+
+    def _read_state(self, top: bool = False) -> State:
+        found: State = {}
+        for index, (module, names) in enumerate(self._state):
+            if top and index:
+                break
+            for name in names:
+                found[index, name] = getattr(module, name, None)
+        return found
+
+    def _write_state(self, state: State) -> None:
+        for (index, name), value in state.items():
+            setattr(self._state[index][0], name, value)
+
+
+# What a processor returns that the language models read only to find positions.
+_PROCESSOR = frozenset(
+    {
+        "attention_mask",
+        "image_grid_thw",
+        "video_grid_thw",
+        "image_sizes",
+        "pixel_attention_mask",
+        "attention_mask_4d",
+        "token_type_ids",
+    }
+)
+
+
+def _manifest(language: Any, generated: str | Path | None) -> tuple[Manifest | None, str]:
+    """The manifest of a language model's class, and why it does not run on pages (or nothing)."""
+    cls = type(language)
+    if not cls.__module__.startswith(_MODELS):
+        return None, f"{cls.__module__} is not a file of mlx_vlm"
+    name = cls.__module__.removeprefix(_MODELS).replace(".", "/")
+    try:
+        manifest = check(generated_folder(generated, PACKAGE), name)
+    except NotGenerated as problem:
+        if (generated_folder(generated, PACKAGE) / f"{name}.json").is_file():
+            raise
+        return None, str(problem)
+    if manifest.route != "kernel":
+        return manifest, "its file is not rewritten"
+    contract = manifest.contract or {}
+    if contract.get("entry") != f"{cls.__module__}.{cls.__qualname__}":
+        return manifest, f"{cls.__qualname__} is not the class that was rewritten"
+    for module in language.modules():
+        if type(module).__name__ in _ONE_LENGTH_ROPES:
+            return manifest, "its rope depends on the length of one sequence"
+    return manifest, ""
+
+
+def _swaps(language: Any, folder: Path) -> list[_Swap]:
+    """Every module of the language model whose class has a rewritten form."""
+    found = []
+    for module in language.modules():
+        cls = type(module)
+        if not cls.__module__.startswith(_MODELS):
+            continue
+        name = cls.__module__.removeprefix(_MODELS).replace(".", "/")
+        if not (folder / f"{name}.py").is_file():
+            continue
+        rewritten = getattr(load_generated(folder, name), cls.__qualname__, None)
+        if rewritten is not None:
+            found.append(_Swap(module, cls, rewritten))
+    return found
+
+
+def _spec(entry: Any) -> Any:
+    """The spec of a cache; a rewritten `make_cache` returns specs by itself."""
+    if type(entry) is own_caches.KVCache:
+        return specs.KVCache()
+    if type(entry) is own_caches.RotatingKVCache:
+        return specs.RotatingKVCache(entry.max_size, entry.keep)
+    if type(entry) is own_caches.ChunkedKVCache:
+        return specs.ChunkedKVCache(entry.chunk_size)
+    return entry
+
+
+def _state_places(language: Any, manifest: Manifest | None) -> list[tuple[Any, tuple[str, ...]]]:
+    """Modules and the attributes that a forward pass leaves on them; the language model first.
+
+    Of the language model itself everything that is no module counts: larger models write there too.
+    """
+    state: Mapping[str, list[str]] = {}
+    if manifest is not None and manifest.contract is not None:
+        state = manifest.contract["state"]
+    own = [name for name, value in language.items() if not _holds_modules(value)]
+    own += [name for name in vars(language) if name not in ("_no_grad", "_training")]
+    places: list[tuple[Any, tuple[str, ...]]] = []
+    for module in language.modules():
+        names = set(own) if module is language else set()
+        for cls in type(module).__mro__:
+            names |= set(state.get(f"{cls.__module__}.{cls.__qualname__}", ()))
+        if module is language:
+            places.insert(0, (module, tuple(sorted(names))))
+        elif names:
+            places.append((module, tuple(sorted(names))))
+    return places
+
+
+def _holds_modules(value: Any) -> bool:
+    if isinstance(value, nn.Module):
+        return True
+    if isinstance(value, list | tuple):
+        return any(_holds_modules(part) for part in value)
+    return isinstance(value, dict) and any(_holds_modules(part) for part in value.values())
+
+
+def _in_order(entry: Any, length: int, count: int) -> tuple[mx.array, mx.array]:
+    """The last `count` keys and values of a cache of `length` positions, rows [count, H, 1, D]."""
+    keys, values = entry.keys, entry.values
+    if hasattr(entry, "_temporal_order"):
+        keys, values = entry._temporal_order(keys), entry._temporal_order(values)
+    keys, values = keys[..., :length, :], values[..., :length, :]
+    if keys.shape[0] != 1 or keys.shape[2] < count:
+        raise RuntimeRefusal(f"a cache of {keys.shape[2]} positions lacks some of {count}")
+    keys, values = (rows[..., -count:, :].transpose(2, 1, 0, 3) for rows in (keys, values))
+    return keys, values

@@ -1,0 +1,191 @@
+"""Folders of mlx_vlm: what is compiled, what is left alone, and why something is not rewritten."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from mlxrewrite.pipeline import Compiler
+from mlxrewrite.sources import locate
+
+CONFIG = """
+class ModelConfig:
+    pass
+"""
+LANGUAGE = """
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_vlm.models.base import LanguageModelOutput, create_attention_mask
+from mlx_vlm.models.base import kv_sequence_length, scaled_dot_product_attention
+from mlx_vlm.models.cache import KVCache
+from .config import ModelConfig
+
+
+class Attention(nn.Module):
+    def __init__(self, args):
+        super().__init__()
+        self.qkv = nn.Linear(args.width, 3 * args.width)
+        self.rope = nn.RoPE(args.width)
+
+    def __call__(self, x, mask=None, cache=None):
+        B, L, D = x.shape
+        q, k, v = (part[:, None] for part in mx.split(self.qkv(x), 3, axis=-1))
+        q = self.rope(q, offset=cache.offset)
+        k = self.rope(k, offset=cache.offset)
+        k, v = cache.update_and_fetch(k, v)
+        if isinstance(mask, mx.array):
+            mask = mask[..., : kv_sequence_length(k)]
+        out = scaled_dot_product_attention(q, k, v, cache, scale=1.0, mask=mask)
+        return out.transpose(0, 2, 1, 3).reshape(B, L, -1)
+
+
+class LanguageModel(nn.Module):
+    def __init__(self, args):
+        super().__init__()
+        self.embed = nn.Embedding(10, args.width)
+        self.layers = [Attention(args) for _ in range(2)]
+        self.head = nn.Linear(args.width, 10)
+        self._deltas = None
+
+    def __call__(self, inputs, inputs_embeds=None, mask=None, cache=None, **kwargs):
+        h = self.embed(inputs) if inputs_embeds is None else inputs_embeds
+        if mask is None:
+            mask = create_attention_mask(h, cache)
+        for layer, c in zip(self.layers, cache):
+            h = layer(h, mask, c)
+        return LanguageModelOutput(logits=self.head(h))
+"""
+VISION = """
+import mlx.core as mx
+import mlx.nn as nn
+
+class VisionModel(nn.Module):
+    def __call__(self, q, k, v):
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=1.0, mask=None)
+"""
+
+
+def compiled(folder, text=LANGUAGE, **files):
+    """Compile `seen/language.py` of a package with the layout of mlx_vlm."""
+    for name, content in {
+        "config": CONFIG,
+        "language": text,
+        "vision": VISION,
+        **files,
+    }.items():
+        path = folder / "models" / "seen" / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(textwrap.dedent(content))
+    for place in ("models", "models/seen"):
+        (folder / place / "__init__.py").touch()
+    package = locate(str(folder / "models")).package
+    assert package.nested
+    assert package.targets() == ["models.seen.language"]
+    return Compiler(package).compile("models.seen.language")
+
+
+def slugs(done):
+    return {note.slug for note in done.emitted.plan.notes}
+
+
+def test_a_language_model_is_rewritten_in_its_folder(tmp_path):
+    done = compiled(tmp_path)
+    assert done.emitted is not None and done.emitted.plan.route == "kernel", done
+    code = done.emitted.code.decode()
+    assert "out = paged_attention(q, k, v, cache, scale=1.0, mask=mask)" in code
+    assert "mask = paged_mask(h, cache)" in code
+    assert "logits=self.head(last_rows(h, cache))" in code
+    assert "from models.seen.config import ModelConfig" in code
+    assert not done.emitted.plan.contract.positions
+
+
+def test_the_installed_package_is_found_without_importing_it():
+    code = (
+        "import sys; from mlxrewrite.sources import locate; p = locate('mlx_vlm.models').package;"
+        "names = p.targets(); assert 'mlx_vlm.models.qwen2_vl.language' in names, names;"
+        "assert not any(n.endswith('.vision') for n in names);"
+        "assert not [m for m in sys.modules if m.split('.')[0] in ('mlx', 'mlx_vlm')]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_folder_or_file_of_the_package_is_a_part_of_it():
+    for name in ("mlx_vlm.models.llava", "mlx_vlm.models.llava.language"):
+        request = locate(name)
+        assert request.package.name == "mlx_vlm.models"
+        assert request.modules == ("mlx_vlm.models.llava.language",)
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("        h = self.embed", "        n = cache[0].offset[0].item()\n        h = self.embed"),
+        ("        h = self.embed", "        n = int(cache[0].offset)\n        h = self.embed"),
+        ("if mask is None:", "if mask is None and cache[0].offset == 0:"),
+    ],
+)
+def test_one_position_for_all_rows_is_no_kernel(tmp_path, old, new):
+    text = LANGUAGE.replace(old, new).replace("h = layer(h, mask, c)", "h = layer(h, mask, c)")
+    text = text.replace(
+        "logits=self.head(h))",
+        "logits=self.head(h) * (n or 1))" if "n =" in new else "logits=self.head(h))",
+    )
+    done = compiled(tmp_path, text)
+    assert done.emitted.plan.route == "model"
+    assert done.emitted.code is None
+    assert "position-special" in slugs(done)
+
+
+def test_a_branch_that_needs_more_than_the_runtime_passes_is_dead(tmp_path):
+    text = LANGUAGE.replace(
+        "        h = self.embed",
+        "        if kwargs.pop('pixels', None) is not None:\n"
+        "            print(cache[0].offset.item())\n"
+        "        h = self.embed",
+    )
+    assert compiled(tmp_path, text).emitted.plan.route == "kernel"
+
+
+def test_state_left_on_the_model_is_recorded(tmp_path):
+    text = LANGUAGE.replace(
+        "        h = self.embed", "        self._deltas = 1\n        h = self.embed"
+    )
+    done = compiled(tmp_path, text)
+    assert done.emitted.plan.contract.state == (
+        ("models.seen.language.LanguageModel", ("_deltas",)),
+    )
+
+
+def test_a_mixer_in_a_file_that_stays_is_no_kernel(tmp_path):
+    mixer, language = LANGUAGE.split("class LanguageModel")
+    language = (
+        mixer.split("class Attention")[0]
+        + "from .blocks import Attention\n\nclass LanguageModel"
+        + language
+    )
+    done = compiled(tmp_path, language, blocks=mixer)
+    assert done.emitted.plan.route == "model"
+    assert "sibling" in slugs(done)
+
+
+def test_an_encoder_s_decoder_is_refused(tmp_path):
+    text = LANGUAGE.replace(
+        "mask=None, cache=None, **kwargs", "encoder_outputs=None, mask=None, cache=None, **kwargs"
+    )
+    done = compiled(tmp_path, text)
+    assert done.emitted.plan.route == "none"
+    assert done.emitted.code is None
+    assert slugs(done) == {"not-autoregressive"}
+
+
+def test_a_class_that_takes_no_cache_is_left_alone(tmp_path):
+    text = (
+        LANGUAGE.replace("mask=None, cache=None, **kwargs", "mask=None, **kwargs")
+        .replace("zip(self.layers, cache)", "zip(self.layers, [])")
+        .replace("(h, cache)", "(h)")
+    )
+    done = compiled(tmp_path, text)
+    assert done.emitted.plan.route == "none" and not done.emitted.plan.notes
