@@ -35,18 +35,20 @@ MOST = 28 << 30  # of keys and values in one case
 REPEATS = 7
 
 
-def timed(build: Callable[[], Any], calls_in_one: int) -> float:
-    """Seconds of one call: the median over runs of graphs that are built before the clock runs."""
-    times = []
+def timed(*builds: Callable[[], Any], count: int) -> list[float]:
+    """Seconds of one of the `count` calls in each graph: medians over runs in turn, of graphs that
+    are built before the clock runs."""
+    times: list[list[float]] = [[] for _ in builds]
     for i in range(REPEATS + 2):
-        made = build()
-        mx.synchronize()
-        begin = time.perf_counter()
-        mx.eval(made)
-        mx.synchronize()
-        if i >= 2:
-            times.append((time.perf_counter() - begin) / calls_in_one)
-    return statistics.median(times)
+        for build, taken in zip(builds, times, strict=True):
+            made = build()
+            mx.synchronize()
+            begin = time.perf_counter()
+            mx.eval(made)
+            mx.synchronize()
+            if i >= 2:
+                taken.append((time.perf_counter() - begin) / count)
+    return [statistics.median(taken) for taken in times]
 
 
 def random(*shape: int) -> mx.array:
@@ -58,7 +60,7 @@ def random(*shape: int) -> mx.array:
 def copy_rate() -> float:
     """GB/s of an elementwise operation, read and written."""
     source = random(1 << 29)
-    seconds = timed(lambda: source + 1, 1)
+    (seconds,) = timed(lambda: source + 1, count=1)
     return 2 * source.nbytes / seconds / 1e9
 
 
@@ -116,10 +118,9 @@ def decode(
         "mixed": mixed,
         "useful": useful,
     }
-    result["paged_s"] = timed(paged, count)
-    result["paged_gbs"] = useful / result["paged_s"] / 1e9
-    made.clear()
     if not baseline:
+        (result["paged_s"],) = timed(paged, count=count)
+        result["paged_gbs"] = useful / result["paged_s"] / 1e9
         return result
     top = max(lengths)
     arrays = [
@@ -137,7 +138,8 @@ def decode(
             out = mx.fast.scaled_dot_product_attention(out, keys, values, scale=scale, mask=mask)
         return out
 
-    result["mlx_s"] = timed(contiguous, count)
+    result["paged_s"], result["mlx_s"] = timed(paged, contiguous, count=count)
+    result["paged_gbs"] = useful / result["paged_s"] / 1e9
     result["mlx_gbs"] = useful / result["mlx_s"] / 1e9
     result["ratio"] = result["mlx_s"] / result["paged_s"]
     return result
@@ -181,8 +183,6 @@ def prefill(
     routes: tuple[ops.Route | None, ...] = (
         (None, "kernel") if decoding else (None, "kernel", "gathered")
     )
-    for route in routes:
-        result[f"{route or 'chosen'}_s"] = timed(paged(route), count)
     keys, values = (random(1, heads[1], length, dim) for _ in range(2))
     many = [random(decoding, heads[1], length, dim) for _ in range(2)] if decoding else []
     mask: Any = "causal"
@@ -201,7 +201,9 @@ def prefill(
         outs += [long, single]
         return outs
 
-    result["mlx_s"] = timed(contiguous, count)
+    names = [f"{route or 'chosen'}_s" for route in routes]
+    times = timed(*(paged(route) for route in routes), contiguous, count=count)
+    result.update(zip([*names, "mlx_s"], times, strict=True))
     result["ratio"] = result["mlx_s"] / result["chosen_s"]
     return result
 
@@ -234,7 +236,7 @@ def write(batch: int) -> dict[str, Any]:
     return {
         "kind": "write",
         "batch": batch,
-        "paged_s": timed(build, count),
+        "paged_s": timed(build, count=count)[0],
         "beyond_pool": mx.get_peak_memory() - before,
         "pool": pool.nbytes,
     }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 
 import mlx.core as mx
 import numpy as np
@@ -89,6 +89,19 @@ def gather(
     return made[0], values, replace(pool, token=made[-1])
 
 
+@lru_cache(maxsize=256)
+def settings(scale: float, softcap: float | None, where: launch.Backend | None) -> mx.array:
+    """Factor of the scores and soft cap, so that scores come out in base 2. Made once: a new array
+    from the host costs a GPU more than the kernel that reads it."""
+    del where  # an array for each back end
+    if softcap is None:
+        made = mx.array([scale * LOG2E, 1.0], mx.float32)
+    else:
+        made = mx.array([scale / softcap, softcap * LOG2E], mx.float32)
+    mx.eval(made)
+    return made
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Query:
     """What one call asks: queries [T, Hq(, 1), Dk] and how they see; see `ops.attention`."""
@@ -107,20 +120,13 @@ class Query:
         bands = [band for band in (self.window, self.chunk) if band is not None]
         return min(bands, default=None)
 
-    @property
-    def settings(self) -> mx.array:
-        """Factor of the scores and soft cap, so that scores come out in base 2."""
-        if self.softcap is None:
-            return mx.array([self.scale * LOG2E, 1.0], mx.float32)
-        return mx.array([self.scale / self.softcap, self.softcap * LOG2E], mx.float32)
-
     def inputs(self, pool: Pool, ragged: Ragged) -> dict[str, mx.array]:
         """The inputs that both attention kernels have."""
         return {
             "queries": self.queries,
             **_pools(pool),
             "block_tables": ragged.block_tables,
-            "settings": self.settings,
+            "settings": settings(self.scale, self.softcap, launch.active()),
             "token_in": pool.token,
         }
 

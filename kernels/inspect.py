@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from . import policy
@@ -22,7 +24,9 @@ USUAL = (
 
 
 def templates() -> dict[str, type[KernelSpec]]:
-    """Every kind of kernel, by the name of its template."""
+    """Every kind of kernel, by the name of its template; modules `*specs.py` hold them."""
+    for path in sorted(Path(__file__).parent.glob("*specs.py")):
+        importlib.import_module(f".{path.stem}", __package__)
     found: dict[str, type[KernelSpec]] = {}
     pending: list[type[KernelSpec]] = [KernelSpec]
     while pending:

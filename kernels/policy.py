@@ -36,7 +36,7 @@ DECODE_GROUP = 8
 DECODE_WIDTH = 256
 DECODE_ROWS = 4
 # Rows from which on gathering a sequence's pages for MLX's own attention is worth it.
-GATHER_ROWS = 256
+GATHER_ROWS = 32
 # Threadgroups that fill a device, and the fewest keys worth a threadgroup of its own.
 THREADGROUPS = {"cuda": 1056, "metal": 512, "runner": 1}
 LEAST_SPLIT = {"decode": 128, "tiled": 128}
@@ -219,7 +219,7 @@ def copy_spec(pool_dtype: str, key_size: int, value_size: int | None) -> CopySpe
 
 def _word(dtype: str, *sizes: int) -> int:
     """Bytes of one access that divide all rows."""
-    return next(w for w in (8, 4, 2) if all(n * DTYPES[dtype] % w == 0 for n in sizes))
+    return next(w for w in (16, 8, 4, 2) if all(n * DTYPES[dtype] % w == 0 for n in sizes))
 
 
 def kernels(layer: AttentionSpec, banded: bool | None = None) -> tuple[KernelSpec, ...]:

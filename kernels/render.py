@@ -14,7 +14,7 @@ from .specs import KernelSpec
 
 FOLDER = Path(__file__).parent
 METAL_TYPES = {"float32": "float", "float16": "float16_t", "bfloat16": "bfloat16_t"}
-METAL_WORDS = {2: "ushort", 4: "uint", 8: "uint2"}
+METAL_WORDS = {2: "ushort", 4: "uint", 8: "uint2", 16: "uint4"}
 
 
 @cache

@@ -327,11 +327,8 @@ def test_more_shapes(case: Case, dtype: str):
 
 
 def test_settings_put_scores_in_base_2():
-    made = cases.make(Case(softcap=3.0))
-    layer = ops.attention_spec(made.queries, made.pool, softcap=3.0)
-    query = calls.Query(made.queries, layer, 0.5, None, None, 3.0, None)
-    assert np.allclose(np.array(query.settings), [0.5 / 3, 3 * np.log2(np.e)])
-    assert np.allclose(np.array(replace(query, softcap=None).settings), [0.5 * np.log2(np.e), 1])
+    assert np.allclose(np.array(calls.settings(0.5, 3.0, None)), [0.5 / 3, 3 * np.log2(np.e)])
+    assert np.allclose(np.array(calls.settings(0.5, None, None)), [0.5 * np.log2(np.e), 1])
 
 
 @pytest.mark.usefixtures("runner")

@@ -22,6 +22,7 @@ _SHARED = re.compile(
     re.MULTILINE,
 )
 _SPACE = re.compile(r"\b(?:device|constant|thread|threadgroup)\b")
+_MATRICES = ("simdgroup_matrix", "simdgroup_load", "simdgroup_multiply", "8x8")
 
 
 def _triple(of: str) -> str:
@@ -88,7 +89,7 @@ def metal_kernel(
                 name=name,
                 input_names=[f"{item}__in" for item in input_names],
                 output_names=[f"{item}__out" for item in output_names],
-                header=cuda_header(header),
+                header=cuda_header(header, source),
                 source=cuda_body(
                     source,
                     [(item, *kind) for item, kind in zip(input_names, types, strict=True)],
@@ -109,16 +110,27 @@ def metal_kernel(
 
 
 @cache
-def prelude() -> str:
-    return (HERE / "prelude.h").read_text()
+def prelude(matrices: bool) -> str:
+    """The prelude without comments, since MLX copies a kernel's whole text at each call; with
+    Apple's matrices only for a text that names them."""
+    text = (HERE / "prelude.h").read_text()
+    begin, end = text.index("// ---- matrices"), text.index("}  // namespace metal\n\n// Names")
+    return _squeezed(text if matrices else text[:begin] + text[end:])
 
 
-def cuda_header(header: str) -> str:
+def _squeezed(text: str) -> str:
+    lines = (line.strip() for line in without_comments(text).splitlines())
+    return "\n".join(line for line in lines if line) + "\n"
+
+
+def cuda_header(header: str, source: str) -> str:
     """The prelude, then a kernel's helpers in a namespace of their own."""
-    pieces = (HERE / "matrix.h").read_text() if "MATRIX_PIECES" in header else ""
+    if "MATRIX_PIECES" in header:  # a dialect's own version stands for the text's
+        header = (HERE / "matrix.h").read_text()
+    matrices = any(word in header + source for word in _MATRICES)
     return (
-        f"{prelude()}\nnamespace msl_user {{\nMSL_NAMES\n{pieces}\n"
-        f"{_spaces(header)}\n}}  // namespace msl_user\nusing namespace msl_user;\n"
+        f"{prelude(matrices)}\nnamespace msl_user {{\nMSL_NAMES\n"
+        f"{_squeezed(_spaces(header))}\n}}  // namespace msl_user\nusing namespace msl_user;\n"
     )
 
 
@@ -141,7 +153,7 @@ def cuda_body(
         if name in source:
             kind = ATTRIBUTES[name][0]
             lines.append(f"const {'metal::uint3' if kind == 'uint3' else kind} {name} = {value};")
-    return "\n".join([*lines, '#line 1 "kernel.metal"', _spaces(source), "}"])
+    return "\n".join([*lines, _squeezed(_spaces(source)), "}"])
 
 
 def _spaces(text: str) -> str:
