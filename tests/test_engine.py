@@ -49,10 +49,10 @@ def _no_copy(patch: pytest.MonkeyPatch) -> None:
     """The last block of a shared beginning is written to by both."""
     plain = PagedCache.adopt
 
-    def adopt(self, tables, length):
+    def adopt(self, tables, length, snapshot=None):
         kept, self.block_size = self.block_size, 1
         try:
-            return plain(self, tables, length)
+            return plain(self, tables, length, snapshot)
         finally:
             self.block_size = kept
 
