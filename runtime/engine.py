@@ -99,7 +99,11 @@ class Step:
 
 @dataclass(slots=True)
 class Stats:
-    """Sums since the engine was made. `waited` are seconds spent waiting for the device."""
+    """Sums since the engine was made.
+
+    `seconds` are those in steps; of them `waited` for the device and `scheduling` to decide who
+    runs. What is left is building graphs and handing them to the device.
+    """
 
     steps: int = 0
     rows: int = 0
@@ -109,6 +113,7 @@ class Stats:
     aborted: int = 0
     seconds: float = 0.0
     waited: float = 0.0
+    scheduling: float = 0.0
     drafted: int = 0
     accepted: int = 0
 
@@ -190,7 +195,7 @@ class Engine:
         poison: bool = False,
         shuffle_seed: int | None = None,
     ) -> None:
-        in_place = policy.layout() == "pages"
+        in_place = policy.writes_in_place()
         if max_rows is None:
             max_rows = max(2048 if in_place else 512, max_running)
         for what, number in (("max_rows", max_rows), ("max_running", max_running)):
@@ -361,7 +366,9 @@ class Engine:
         """Build the graph of the next step; nothing is computed yet."""
         if self._scheduler is None or self._store is None:
             return None
+        began = time.perf_counter()
         planned = self._scheduler.schedule()
+        self.stats.scheduling += time.perf_counter() - began
         if not planned:
             return None
         cache = self._store.cache
