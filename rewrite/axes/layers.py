@@ -1,0 +1,232 @@
+"""What the layers of mlx.nn and the sites of a rewritten file do to token axes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .domain import (
+    LENGTH,
+    NONE,
+    PARAMETER,
+    ROWS,
+    WANTED,
+    Array,
+    Constant,
+    Instance,
+    Known,
+    Opaque,
+    Refused,
+    Tuple,
+    Value,
+    feature,
+    is_live,
+)
+from .rules import Context, Rule, array, convolution, elementwise, resized, softmax, turned, view
+from .shapes import axis_index, describe, within
+
+# --------------------------------------------------------------------------- functions of mlx.nn
+
+ACTIVATIONS = (
+    "celu elu gelu gelu_approx gelu_fast_approx hard_shrink hard_tanh hardswish leaky_relu "
+    "log_sigmoid mish prelu relu relu2 relu6 selu sigmoid silu softplus softshrink softsign step "
+    "tanh"
+).split()
+FUNCTIONS: dict[str, Rule] = {
+    name: Rule(name, elementwise, "an activation is elementwise") for name in ACTIVATIONS
+}
+
+
+def _nn_softmax(c: Context, x: Value, axis: Value = Known(-1), **rest: Value) -> Value:
+    return softmax(c, x, axis)
+
+
+def _glu(c: Context, x: Value, axis: Value = Known(-1)) -> Value:
+    value = array(x)
+    within(value, axis, "a gate")
+    return resized(c, value, axis)
+
+
+FUNCTIONS["softmax"] = Rule("softmax", _nn_softmax, "over one axis, the last by default")
+FUNCTIONS["log_softmax"] = Rule("log_softmax", _nn_softmax, "over one axis, the last by default")
+FUNCTIONS["glu"] = Rule("glu", _glu, "halves of one axis, the last by default")
+
+# --------------------------------------------------------------------------- layers
+
+Layer = Callable[..., Value]
+
+
+def _linear(c: Context, layer: Instance, x: Value) -> Value:
+    value = array(x)
+    if value.axes is None:
+        return PARAMETER
+    within(value, Known(-1), "a linear layer")
+    return resized(c, value, Known(-1), Constant(("out", id(layer))))
+
+
+def _embedding(c: Context, layer: Instance, x: Value) -> Value:
+    value = array(x)
+    if value.axes is None:
+        return PARAMETER
+    if value.tag:
+        raise Refused("position-special", "an embedding of the position of a chunk's first token")
+    return Array((*value.axes, feature(("out", id(layer)))))
+
+
+def _over_last(c: Context, layer: Instance, x: Value) -> Value:
+    value = array(x)
+    if value.axes is not None:
+        within(value, Known(-1), "a norm")
+    return value
+
+
+def _pointwise(c: Context, layer: Instance, *values: Value) -> Value:
+    return elementwise(c, *values)
+
+
+def _rope(c: Context, layer: Instance, x: Value, offset: Value = Known(0), **rest: Value) -> Value:
+    if any(is_live(v) for v in rest.values()):
+        raise Refused("token-count", "a rotary embedding with a number of tokens")
+    return turned(array(x), offset)
+
+
+def _convolution(c: Context, layer: Instance, x: Value) -> Value:
+    return convolution(c, x, PARAMETER)
+
+
+def _mixing(c: Context, layer: Instance, *values: Value, **rest: Value) -> Value:
+    raise Refused("row-mixing", f"nn.{layer.layer} computes across tokens")
+
+
+def _softmax_layer(c: Context, layer: Instance, x: Value) -> Value:
+    return softmax(c, x, Known(-1))
+
+
+LAYERS: dict[str, tuple[Layer, str]] = {
+    **dict.fromkeys(
+        ("Linear", "QuantizedLinear", "Bilinear"), (_linear, "a product over the last axis")
+    ),
+    **dict.fromkeys(("Embedding", "QuantizedEmbedding"), (_embedding, "a table looked up by id")),
+    **dict.fromkeys(("RMSNorm", "LayerNorm"), (_over_last, "a mean over the last axis")),
+    **dict.fromkeys(
+        "GELU SiLU ReLU ReLU2 ReLU6 Sigmoid Tanh Softplus Mish CELU ELU SELU LeakyReLU LogSigmoid "
+        "Hardswish HardTanh Softsign Step PReLU Softshrink HardShrink".split(),
+        (_pointwise, "an activation is elementwise"),
+    ),
+    **dict.fromkeys(
+        ("Dropout", "Identity"), (lambda c, layer, x, *rest: x, "nothing, when a model answers")
+    ),
+    "Softmax": (_softmax_layer, "over the last axis"),
+    "GLU": (lambda c, layer, x: _glu(c, x), "halves of the last axis"),
+    "RoPE": (_rope, "a row is turned by its own position"),
+    **dict.fromkeys(("Conv1d", "Conv2d"), (_convolution, "a window along the middle axes")),
+    **dict.fromkeys(
+        ("BatchNorm", "InstanceNorm", "GroupNorm", "MultiHeadAttention", "Transformer"),
+        (_mixing, "computes across tokens"),
+    ),
+}
+
+
+def as_linear(c: Context, layer: Instance, x: Value) -> Value:
+    """`Embedding.as_linear`."""
+    return _linear(c, layer, x)
+
+
+# --------------------------------------------------------------------------- sites
+
+
+def _mask(c: Context, *given: Value, **more: Value) -> Value:
+    for value in (*given[2:], *(v for k, v in more.items() if k not in ("h", "cache"))):
+        if is_live(value):
+            raise Refused("token-count", "a mask made with a number of tokens")
+    return Opaque("mask")
+
+
+def _attention(
+    c: Context,
+    queries: Value,
+    keys: Value,
+    values: Value,
+    cache: Value = NONE,
+    scale: Value = NONE,
+    mask: Value = NONE,
+    sinks: Value = NONE,
+    softcap: Value = NONE,
+    tiled_heads: Value = NONE,
+    **rest: Value,
+) -> Value:
+    """[rows][heads][length][features] in and out."""
+    for value in (keys, values):
+        if value != Opaque("handle"):
+            raise Refused("cache-use", "paged attention to something else than a cache's keys")
+    if mask != Opaque("mask"):
+        raise Refused("cache-use", "paged attention with something else than a made mask")
+    if any(is_live(v) for v in (scale, sinks, softcap, tiled_heads, *rest.values())):
+        raise Refused("unknown-operation", "paged attention with options made from tokens")
+    q = array(queries)
+    axes = q.axes or ()
+    if q.open or len(axes) != 4 or axes[0] != (ROWS,) or axes[2] != (LENGTH,):
+        raise Refused("row-mixing", f"paged attention of {describe(q)}")
+    within(q, Known(1), "heads")
+    within(q, Known(3), "features")
+    return Array((*axes[:3], feature()))
+
+
+def _last_rows(c: Context, h: Value, cache: Value = NONE, axis: Value = Known(0)) -> Value:
+    x = array(h)
+    place = axis_index(x, axis)
+    axes = list(x.axes or ())
+    if axes[place] == (WANTED,):
+        return x
+    if axes[place] != (ROWS,):
+        raise Refused("row-mixing", f"the wanted rows of {describe(x)}")
+    axes[place] = (WANTED,)
+    return Array(tuple(axes), x.open)
+
+
+def _row_positions(c: Context, offset: Value, ndim: Value = Known(4)) -> Value:
+    if not isinstance(offset, Array) or offset.tag[:1] != ("start",):
+        raise Refused("position-special", "positions that do not come from a cache's offset")
+    assert isinstance(ndim, Known)
+    return Array(((ROWS,), *((),) * (ndim.value - 1)))
+
+
+SITES: dict[str, tuple[Layer, str]] = {
+    "paged_attention": (_attention, "each row attends to its own sequence's pages"),
+    "paged_mask": (_mask, "a mask as a value"),
+    "chunked_mask": (_mask, "a mask as a value"),
+    "sequence_mask": (_mask, "a mask as a value"),
+    "last_rows": (_last_rows, "keeps the rows whose logits are wanted"),
+    "row_positions": (_row_positions, "each row's own position"),
+}
+
+
+def some_site(c: Context, name: str, args: tuple[Value, ...], more: dict[str, Value]) -> Value:
+    """A site without an entry: rows in, rows out, and whatever features."""
+    check_rows(name, (*args, *more.values()))
+    return Array(((ROWS,), (LENGTH,)), True)
+
+
+def check_rows(name: str, args: tuple[Value, ...]) -> None:
+    """What a site gets must have its rows in front: it is cut into sequences there."""
+    for value in args:
+        if isinstance(value, Tuple):
+            check_rows(name, value.items)
+        if isinstance(value, Array) and value.live:
+            axes = value.axes or ()
+            head = axes[:1] == ((ROWS,),)
+            second = len(axes) < 2 or axes[1] in ((LENGTH,), ()) or axes[2:3] == ((LENGTH,),)
+            if not head or not second:
+                raise Refused("row-mixing", f"{name} of {describe(value)}")
+
+
+def updated(keys: Value, values: Value) -> Value:
+    """`cache.update_and_fetch(keys, values)` of a paged cache: [rows][heads][length][features]."""
+    for value in (keys, values):
+        x = array(value)
+        axes = x.axes or ()
+        if x.open or len(axes) != 4 or axes[0] != (ROWS,) or axes[2] != (LENGTH,):
+            raise Refused("row-mixing", f"{describe(x)} go to a cache")
+    return Tuple((Opaque("handle"), Opaque("handle")))
+
+
+__all__ = ["FUNCTIONS", "LAYERS", "SITES", "as_linear", "check_rows", "some_site", "updated", "view"]
