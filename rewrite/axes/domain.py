@@ -79,8 +79,10 @@ class Array(Value):
     """An array. `axes` is None for an array without tokens of unknown rank (a parameter).
 
     `open`: more feature axes follow, at least one, how many is not known. `tag`: what else is known
-    of the entries ("start": the position of a chunk's first token; "order", "inverse", "owner": of
-    the expert sorting). `fixed` arrays that are the same for all tokens.
+    of the entries: "start", the position of a chunk's first token; "end", its sequence's length;
+    "steps", places in a chunk; "unturned", a rotary embedding without positions; "order", "inverse"
+    and "owner" of the expert sorting; "row", one token's part in a loop over tokens, and "each",
+    such parts of all tokens.
     """
 
     axes: tuple[Axis, ...] | None
@@ -94,7 +96,7 @@ class Array(Value):
     @property
     def live(self) -> bool:
         """Whether the array has something of single tokens in it."""
-        return bool(self.token_factors)
+        return bool(self.token_factors) or self.tag[:1] in (("row",), ("each",))
 
     def __str__(self) -> str:
         if self.axes is None:
@@ -146,6 +148,7 @@ class Items(Value):
     element: Value | None
     depth: int
     forward: bool
+    sources: tuple[Items, ...] = ()  # lists this one may be; a change of it changes them
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +156,22 @@ class OpenShape(Value):
     """The shape of an array with unknown axes at its end."""
 
     head: tuple[Value, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers(Value):
+    """Python numbers read from an array: one list for each entry of `axis`, or one token's."""
+
+    axis: Axis
+    one: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ByToken(Value):
+    """What a loop over tokens runs over: arrays and numbers with the same leading axis."""
+
+    values: tuple[Value, ...]
+    zipped: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,6 +272,10 @@ PARAMETER = Array(None)
 CONSTANT = Constant()
 
 
+class Dead(Exception):
+    """This path raises in Python: nothing comes after it."""
+
+
 class Refused(Exception):
     """The proof ends here. `slug` is one of the diagnostics', `nearest` what would be provable."""
 
@@ -293,7 +316,7 @@ def is_live(value: Value) -> bool:
     match value:
         case Array():
             return value.live
-        case Count() | CountTest() | Opaque():
+        case Count() | CountTest() | Opaque() | Numbers() | ByToken():
             return True
         case Instance():
             return value.forward and any(is_live(v) for v in value.attributes.values())
@@ -319,9 +342,20 @@ def join_axes(one: Axis, two: Axis) -> Axis | None:
     if tokens(one) != tokens(two):
         return None
     return tuple(
-        a if a == b else Factor("feature") if not a.is_token else a
+        a if a == b or a.is_token else Factor("feature", _either(a.size, b.size))
         for a, b in zip(one, two, strict=True)
     )
+
+
+def _either(one: Hashable, two: Hashable) -> Hashable:
+    """The key of a size that is one of two."""
+    if one is None or two is None:
+        return None
+    found: set[Hashable] = set()
+    for key in (one, two):
+        several = isinstance(key, tuple) and key[:1] == ("or",)
+        found |= key[1] if several else {key}  # type: ignore[index,operator]
+    return ("or", frozenset(found)) if len(found) <= 4 else None
 
 
 def join(one: Value, two: Value) -> Value:
@@ -341,6 +375,8 @@ def join(one: Value, two: Value) -> Value:
             return Tuple(tuple(join(x, y) for x, y in zip(a, b, strict=True)))
         case Iterable_(element=a), Iterable_(element=b):
             return Iterable_(join(a, b))
+        case Items(), Items() if one.forward == two.forward:
+            return _join_lists(one, two)
         case Count(factors=f, rest=r, exact=e), Count(factors=g, rest=s, exact=d):
             merged = f if f == g else tuple(dict.fromkeys((*f, *g)))
             return Count(merged, r, e and d and f == g and r == s)
@@ -351,6 +387,18 @@ def join(one: Value, two: Value) -> Value:
             if one.value is not None:
                 return CONSTANT
     return choice((*options(one), *options(two)))
+
+
+def _join_lists(one: Items, two: Items) -> Items:
+    """A list that is one of two; changes of it are told to both."""
+    sources = tuple(dict.fromkeys((*(one.sources or (one,)), *(two.sources or (two,)))))
+    if one.items is not None and two.items is not None and len(one.items) == len(two.items):
+        items = [join(a, b) for a, b in zip(one.items, two.items, strict=True)]
+        return Items(items, None, -1, one.forward, sources[-_WIDEST:])
+    element = choice(
+        v for held in (one, two) for v in (*(held.items or ()), held.element or UNDEFINED)
+    )
+    return Items(None, element, -1, one.forward, sources[-_WIDEST:])
 
 
 def _join_arrays(one: Array, two: Array) -> Array | None:
@@ -383,6 +431,13 @@ def choice(values: Iterable[Value]) -> Value:
                         if joined is not None:
                             found[i] = joined
                             break
+                else:
+                    found.append(option)
+            elif isinstance(option, Items):
+                for i, other in enumerate(found):
+                    if isinstance(other, Items) and other.forward == option.forward:
+                        found[i] = other if other is option else _join_lists(other, option)
+                        break
                 else:
                     found.append(option)
             elif not any(option is other or option == other for other in found):

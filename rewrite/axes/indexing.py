@@ -5,6 +5,7 @@ from __future__ import annotations
 from .domain import (
     NONE,
     PARAMETER,
+    ROWS,
     Array,
     Axis,
     Choice,
@@ -60,6 +61,12 @@ def index(c: Context, x: Array, key: Value) -> Array:
 
 
 def _tagged(x: Array, key: Value) -> Array:
+    keys = key.items if isinstance(key, Tuple) else (key,)
+    if x.tag == ("start",) and len(x.axes or ()) == 1:
+        first, *rest = keys
+        whole = first == Known(...) or (isinstance(first, Slice) and _is_full(first))
+        if whole and rest and all(k == NONE for k in rest):
+            return Array(((ROWS,), *((),) * len(rest)), tag=x.tag)
     if x.tag[0] == "start" and isinstance(key, (Known, Slice, Tuple)):
         raise Refused("position-special", "a position is picked from the cache's offset")
     raise Refused("row-mixing", "a permutation of rows is picked apart")

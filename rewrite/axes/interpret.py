@@ -8,11 +8,11 @@ is refused, unless a rule says what it does to token axes.
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any
 
 from ..ir import (
@@ -43,16 +43,19 @@ from .domain import (
     ROWS,
     UNDEFINED,
     Array,
+    ByToken,
     Choice,
     ClassValue,
     Constant,
     Count,
     CountTest,
+    Dead,
     Instance,
     Items,
     Iterable_,
     Known,
     Library,
+    Numbers,
     Opaque,
     OpenShape,
     Partial,
@@ -65,13 +68,16 @@ from .domain import (
     Undefined,
     Value,
     choice,
+    feature,
     is_live,
     join,
     options,
     parts,
+    tokens,
 )
 from .indexing import index, store
-from .layers import FUNCTIONS, LAYERS, SITES, as_linear, check_rows, some_site, updated
+from .layers import FUNCTIONS, KERNELS, LAYERS, SITES, as_linear, check_rows, some_site, updated
+from . import rules as array_rules
 from .rules import RULES, Rule, arithmetic, array
 from .world import REWRITTEN, Text, World
 
@@ -79,10 +85,6 @@ _SITES = "mlxrewrite.runtime.sites."
 _DEEPEST = 60
 _ROUNDS = 12
 _UNROLLED = 24
-
-
-class Dead(Exception):
-    """This path raises in Python: nothing comes after it."""
 
 
 class Fork(Exception):
@@ -151,6 +153,7 @@ class Interpreter:
         self.assumptions: dict[Assumption, None] = {}
         self.reads: set[tuple[int, str]] = set()
         self.operations: set[str] = set()
+        self.added: list[tuple[Items, Value, int]] | None = None  # in a loop over tokens
 
     # ----------------------------------------------------------------- entry
 
@@ -223,13 +226,16 @@ class Interpreter:
             if live:
                 self.trace.append((rule.name, self.here()))
                 self.operations.add(rule.name)
+                if rule.name != "paged_attention" and any(map(_unturned, (*args, *more.values()))):
+                    array_rules.elementwise(self, Array((), tag=("unturned",)))
             try:
+                row = _row((*args, *more.values()))
+                if row is not None:
+                    return self.on_row(rule, row, args, more)
                 return rule.apply(self, *args, **more)
             except TypeError:
                 if not live:
                     return PARAMETER
-                if any(v == NONE for v in (*args, *more.values())):
-                    raise Dead from None
                 raise Refused(
                     "unknown-operation", f"{rule.name} is called in a way that its rule lacks"
                 ) from None
@@ -239,6 +245,16 @@ class Interpreter:
                 raise
 
         return self.each(run, args, more)
+
+    def on_row(
+        self, rule: Rule, row: Any, args: Sequence[Value], more: dict[str, Value]
+    ) -> Value:
+        """A rule for one token's parts: whatever it computes, it computes for each token alone."""
+        inner = [_bare(v) for v in args]
+        named = {k: _bare(v) for k, v in more.items()}
+        if any(map(is_live, (*inner, *named.values()))):
+            raise Refused("row-mixing", "one token's part meets the parts of others")
+        return _marked(rule.apply(self, *inner, **named), row)
 
     def each(
         self,
@@ -268,11 +284,14 @@ class Interpreter:
     def join_calls(self, function: Callable[[Value], Value], several: Sequence[Value]) -> Value:
         result: Value = UNDEFINED
         dead = True
+        frames, depth, forward = len(self.frames), self.depth, self.forward
         for option in several:
             try:
                 result = join(result, function(option))
                 dead = False
             except Dead:
+                del self.frames[frames:]
+                self.depth, self.forward = depth, forward
                 continue
         if dead:
             raise Dead
@@ -494,14 +513,31 @@ class Interpreter:
     ) -> Value:
         if len(self.frames) > _DEEPEST:
             raise Refused("unknown-operation", "calls nest too deeply")
-        names = self.bind(routine, args, more)
+        return self.call_bound_names(routine, self.bind(routine, args, more))
+
+    def call_bound_names(self, routine: Routine, names: dict[str, Value]) -> Value:
+        """Call once for each of what arguments may be: with and without a cache, a mask, ..."""
+        for name, held in names.items():
+            if isinstance(held, Choice) and NONE in held.options:
+                return self.join_calls(
+                    lambda one, name=name: self.call_bound_names(  # type: ignore[misc]
+                        routine, {**names, name: one}
+                    ),
+                    held.options,
+                )
         key = self.memo_key(routine, names)
         if key is not None and not self.unmemoised and key in self.memo:
             return self.memo[key]
-        trace = len(self.trace)
+        trace, frames, depth, forward = len(self.trace), len(self.frames), self.depth, self.forward
         try:
             result = self.run(routine, names)
+        except Dead:
+            del self.frames[frames:]
+            self.depth, self.forward = depth, forward
+            raise
         except Fork as fork:
+            del self.frames[frames:]
+            self.depth = depth
             result = self.both_ways(routine, names, fork.test, trace)
             key = None
         if key is not None:
@@ -645,8 +681,31 @@ class Interpreter:
         if any(map(is_live, (*args, *more.values()))):
             raise Refused("unknown-operation", f"mx.{name} has no rule")
         if name == "fast.metal_kernel":
-            return Library("kernel")
+            return self.kernel(more)
         return CONSTANT if name.split(".")[0] in _NO_ARRAYS else PARAMETER
+
+    @staticmethod
+    def kernel(more: dict[str, Value]) -> Value:
+        """A custom kernel, known by its text."""
+        text = more.get("source", NONE)
+        digest = ""
+        if isinstance(text, Known) and isinstance(text.value, str):
+            digest = sha256(text.value.encode()).hexdigest()[:16]
+        return Library(f"kernel.{digest}", NONE)
+
+    def call_kernel(self, digest: str, args: Sequence[Value], more: dict[str, Value]) -> Value:
+        """Rows in, rows out, as the kernel's text was read; any other kernel is refused."""
+        if not any(map(is_live, (*args, *more.values()))):
+            return CONSTANT
+        reason = KERNELS.get(digest)
+        shapes = more.get("output_shapes", NONE)
+        known = self.known_items(shapes)
+        if reason is None or known is None:
+            raise Refused("unknown-operation", "a custom kernel", "mlx's own operations")
+        self.assume(f"a custom kernel, read and not run: {reason}")
+        return Tuple(
+            tuple(self.apply(RULES["zeros"], (shape,), {}) for shape in known)
+        )
 
     def call_nn(self, name: str, args: Sequence[Value], more: dict[str, Value]) -> Value:
         last = name.rpartition(".")[2]
@@ -690,6 +749,8 @@ class Interpreter:
             assert isinstance(bound, Tuple)
             return self.call_per_sequence(bound.items[0], args, more)
         kind, _, method = name.partition(".")
+        if kind == "kernel":
+            return self.call_kernel(method, args, more)
         if kind == "array":
             return self.call_array(bound, method, args, more)
         if kind == "at":
@@ -722,10 +783,10 @@ class Interpreter:
         widths = {_width(s.value) for s in _returns(routine.syntax.body)}
         owner = routine.owner.name if routine.owner is not None else routine.syntax.name
         self.assume(
-            f"`{owner}` runs once per sequence and gives rows [rows][length][features]; "
+            f"`{owner}` runs once per sequence and gives [rows][length][features]; "
             "the runtime checks the first two axes"
         )
-        rows = Array(((ROWS,), (LENGTH,)), True)
+        rows = Array(((ROWS,), (LENGTH,), feature(("of", owner))))
         if widths == {0}:
             return rows
         if len(widths) == 1:
@@ -735,6 +796,9 @@ class Interpreter:
     def call_array(
         self, bound: Value, method: str, args: Sequence[Value], more: dict[str, Value]
     ) -> Value:
+        if method == "tolist" and isinstance(bound, Array) and bound.axes and not bound.tag:
+            if tokens(bound.axes[0]) and not any(map(tokens, bound.axes[1:])):
+                return Numbers(bound.axes[0])
         if method in ("item", "tolist"):
             if is_live(bound):
                 raise Refused("token-branch", "what tokens hold is read by Python")
@@ -795,10 +859,17 @@ class Interpreter:
                 return self.items(copied, bound.element)
             return CONSTANT
         sure = self.mutate(bound)
+        if self.added is not None and method != "append":
+            raise Refused("row-mixing", "a loop over tokens that does more than add to lists")
         if method in ("append", "insert", "extend"):
             added = [args[-1]] if method != "extend" else None
             if method == "extend":
                 added = self.known_items(args[0])
+            if self.added is not None:
+                if bound.items != [] and not any(t is bound for t, _, _ in self.added):
+                    raise Refused("row-mixing", "a loop over tokens that adds to what others made")
+                self.added += [(bound, v, self.depth) for v in added or (UNDEFINED,)]
+                return NONE
             if sure and bound.items is not None and method != "insert" and added is not None:
                 bound.items.extend(added)
                 return NONE
@@ -819,10 +890,18 @@ class Interpreter:
     def summarise(bound: Items, value: Value) -> None:
         joined: Value = choice((*(bound.items or ()), *options(bound.element or UNDEFINED), value))
         bound.items, bound.element = None, joined
+        for source in bound.sources:
+            if source is not bound:
+                Interpreter.summarise(source, value)
 
     def call_table(self, bound: Table, method: str, args: Sequence[Value]) -> Value:
         if method in ("get", "pop", "setdefault") and args:
             found = self.entry(bound, args[0])
+            if method == "setdefault" and self.forward and not bound.forward:
+                if any(map(is_live, args)):
+                    raise Refused("state-on-self", "tokens are kept in something shared")
+                self.assume("a constant is computed once and kept in a dictionary")
+                return choice((args[1], *(options(found) if found is not None else ())))
             if method != "get":
                 self.mutate(bound)
                 if method == "setdefault":
@@ -905,6 +984,10 @@ class Interpreter:
                 return CONSTANT
             case Known(value=str()):
                 return CONSTANT
+            case Numbers(axis=axis, one=True):
+                return value
+            case ByToken() | Numbers():
+                raise Refused("token-branch", "what tokens hold is read by Python")
             case OpenShape() | Count() | CountTest():
                 raise Refused("token-count", "a loop over numbers of tokens")
             case Opaque():
@@ -964,6 +1047,8 @@ class Interpreter:
         return Iterable_(CONSTANT)
 
     def _zip(self, *values: Value, **rest: Value) -> Value:
+        if any(isinstance(v, Numbers) or (isinstance(v, Array) and v.live) for v in values):
+            return ByToken(values, True)
         known = [self.known_items(v) for v in values]
         if known and all(k is not None for k in known):
             pairs = zip(*(k for k in known if k is not None), strict=False)
@@ -1090,8 +1175,13 @@ class Interpreter:
                 if name in ("keys", "values"):
                     return Opaque("pages")  # what mx.depends ties to the end of a pipeline
                 if name == "start_position":
-                    raise Refused("cache-use", "`.start_position` of a paged cache")
+                    return Opaque("first position kept")
                 return Library(f"opaque.{name}", base)
+            case Opaque(kind="handle") if name == "dtype":
+                return CONSTANT
+            case Opaque(kind="handle") if name == "shape":
+                end = Array(((ROWS,),), tag=("end",))
+                return Tuple((Count((ROWS,)), CONSTANT, end, CONSTANT))
             case Opaque(kind=kind):
                 raise Refused("cache-use", f"`.{name}` of a {kind}")
             case Items() | Tuple() | Iterable_() | OpenShape():
@@ -1156,7 +1246,8 @@ class Interpreter:
             if member is not None:
                 return self.bound_member(base, *member)
         if base.layer and name in ("weight", "bias", "scales", "biases"):
-            return PARAMETER
+            rank = 1 if name == "bias" or base.layer.endswith("Norm") else 2
+            return Array((feature(),) * rank)
         if name == "training":
             return Known(False)
         return Library(f"layer.{name}", base)
@@ -1408,6 +1499,9 @@ class Interpreter:
         pair = (left, right)
         if any(v == NONE or isinstance(v, Undefined) for v in pair):
             raise Dead
+        if left == Opaque("cache") and op == "+" and isinstance(right, (Items, Tuple)):
+            held = options(self.element(right))
+            return self.items(None, choice((left, *held)))
         if any(isinstance(v, Opaque) for v in pair):
             raise Refused("cache-use", "a cache or a mask is computed with")
         if any(isinstance(v, Array) for v in pair):
@@ -1415,6 +1509,8 @@ class Interpreter:
                 return PARAMETER if not any(map(is_live, pair)) else self._unknown_operand()
             if op == "@":
                 return self.apply(RULES["matmul"], pair, {})
+            if _row(pair) is not None:
+                return self.apply(RULES["multiply"], pair, {})
             if any(map(is_live, pair)):
                 self.trace.append((op, self.here()))
             try:
@@ -1586,6 +1682,9 @@ class Interpreter:
         if isinstance(left, Known) and known is not None:
             if all(isinstance(v, Known) for v in known):
                 return Known((left in known) == wanted)
+        if isinstance(right, Instance) and isinstance(left, Known):
+            if left.value not in right.attributes:
+                return Known(not wanted)
         if isinstance(right, Known) and isinstance(right.value, str) and isinstance(left, Known):
             return Known((str(left.value) in right.value) == wanted)
         return CONSTANT
@@ -1695,6 +1794,8 @@ class Interpreter:
 
     def item(self, base: Tuple | Items, key: Value) -> Value:
         known = self.known_items(base)
+        if isinstance(key, Numbers) and key.one and not is_live(base):
+            return self.element(base)  # each token chooses for itself, in a loop over tokens
         if is_live(key):
             if isinstance(key, Slice) or known is None:
                 raise Refused("token-count", "a list is cut at a number of tokens")
@@ -1810,11 +1911,14 @@ class Interpreter:
 
     def block(self, body: Sequence[Stmt]) -> bool:
         """Run statements in order; True if control never gets past them."""
+        frames, depth, forward = len(self.frames), self.depth, self.forward
         for statement in body:
             try:
                 if self.statement(statement):
                     return True
             except Dead:
+                del self.frames[frames:]
+                self.depth, self.forward = depth, forward
                 return True
         return False
 
@@ -2070,6 +2174,9 @@ class Interpreter:
     def for_loop(self, statement: For) -> bool:
         iterable = self.value(statement.iterable)
         self.frame.where = statement.iterable.span
+        if isinstance(iterable, ByToken):
+            self.token_loop(statement, iterable)
+            return False
         known = self.known_items(iterable)
         frame, scope = self.frame, self.frame.scope
         outer = frame.breaks, frame.continues
@@ -2104,6 +2211,59 @@ class Interpreter:
         self.repeat(head, statement.body)
         frame.breaks, frame.continues = outer
         return False
+
+    def token_loop(self, statement: For, over: ByToken) -> None:
+        """A loop over tokens in Python: one round, for any token, that may only add to lists.
+
+        Each list gets exactly one entry a round, made from that round's token alone; nothing else
+        leaves the loop.
+        """
+        axes = {
+            v.axis if isinstance(v, Numbers) else (v.axes or ((),))[0]
+            for v in over.values
+            if isinstance(v, (Numbers, Array))
+        }
+        if len(axes) != 1 or len(over.values) < 1:
+            raise Refused("row-mixing", "a loop over tokens and something else")
+        (axis,) = axes
+        if not tokens(axis) or any(not f.is_token for f in axis):
+            raise Refused("row-mixing", "a loop over parts of tokens")
+        parts_: list[Value] = []
+        for value in over.values:
+            if isinstance(value, Numbers):
+                parts_.append(Numbers(axis, one=True))
+            elif isinstance(value, Array) and not value.open and not value.tag:
+                inner = Array((value.axes or ())[1:])
+                if inner.live:
+                    raise Refused("row-mixing", "a loop over tokens of single tokens' values")
+                parts_.append(Array(inner.axes, tag=("row", axis)))
+            else:
+                raise Refused("row-mixing", "a loop over tokens and something else")
+        scope = self.frame.scope
+        before = dict(scope.names)
+        saved, self.added = self.added, []
+        self.depth += 1
+        depth = self.depth
+        self.assign(statement.target, Tuple(tuple(parts_)), None)
+        breaks, continues = self.frame.breaks, self.frame.continues
+        self.frame.breaks, self.frame.continues = [], []
+        returns = self.frame.returns
+        ended = self.block(statement.body)
+        if ended or self.frame.breaks or self.frame.continues or self.frame.returns is not returns:
+            raise Refused("row-mixing", "a loop over tokens that does not run to its end")
+        self.frame.breaks, self.frame.continues = breaks, continues
+        self.depth -= 1
+        added, self.added = self.added, saved
+        for name, value in before.items():
+            if scope.names.get(name) is not value and not isinstance(value, Items):
+                raise Refused("row-mixing", f"`{name}` is carried from token to token")
+        scope.names = before
+        for target in {id(t): t for t, _, _ in added}.values():
+            mine = [(v, d) for t, v, d in added if t is target]
+            (value, at), *more = mine
+            if more or at != depth or not isinstance(value, Array) or value.tag != ("row", axis):
+                raise Refused("row-mixing", "a loop over tokens that does not add one entry each")
+            target.items, target.element = None, Array(value.axes, value.open, ("each", axis))
 
     def while_loop(self, statement: While) -> bool:
         frame = self.frame
@@ -2183,14 +2343,70 @@ def _settled(new: Value, old: Value) -> bool:
     if isinstance(new, (Constant, Known)) and isinstance(old, Constant):
         return True
     if isinstance(new, Items) and isinstance(old, Items):
-        return (new.items is None) == (old.items is None) and new.element == old.element
+        if new.items is not None or old.items is not None:
+            if new.items is None or old.items is None or len(new.items) != len(old.items):
+                return False
+            return all(_settled(a, b) for a, b in zip(new.items, old.items, strict=True))
+        return _settled(new.element or CONSTANT, old.element or CONSTANT)
+    if isinstance(new, Table) and isinstance(old, Table):
+        if new is old or new.entries.keys() != old.entries.keys():
+            return new is old
+        pairs = [(new.entries[k], old.entries[k]) for k in new.entries]
+        return all(_settled(a, b) for a, b in [*pairs, (new.other or NONE, old.other or NONE)])
     if isinstance(new, Tuple) and isinstance(old, Tuple) and len(new.items) == len(old.items):
         return all(_settled(a, b) for a, b in zip(new.items, old.items, strict=True))
     if isinstance(new, Choice) and isinstance(old, Choice):
         return len(new.options) == len(old.options)
     if isinstance(new, Array) and isinstance(old, Array):
         return join(new, old) == old
-    return isinstance(new, (Routine, Table, Partial, ClassValue)) and type(new) is type(old)
+    return isinstance(new, (Routine, Partial, ClassValue)) and type(new) is type(old)
+
+
+def _row(values: Sequence[Value]) -> Any:
+    """The axis of a loop over tokens that one of the values is a part of."""
+    for value in values:
+        if isinstance(value, Array):
+            if value.tag[:1] == ("row",):
+                return value.tag[1]
+        else:
+            found = _row(list(parts(value)))
+            if found is not None:
+                return found
+    return None
+
+
+def _bare(value: Value) -> Value:
+    """The value without the mark of one token."""
+    match value:
+        case Array(tag=("row", _)):
+            return Array(value.axes, value.open)
+        case Tuple(items=items):
+            return Tuple(tuple(map(_bare, items)))
+        case Items(items=items, element=element):
+            held = [_bare(v) for v in items] if items is not None else None
+            return Items(held, _bare(element) if element is not None else None, -1, value.forward)
+        case Iterable_(element=element):
+            return Iterable_(_bare(element))
+        case Choice(options=several):
+            return choice(map(_bare, several))
+    return value
+
+
+def _marked(value: Value, row: Any) -> Value:
+    match value:
+        case Array():
+            return Array(value.axes, value.open, ("row", row))
+        case Tuple(items=items):
+            return Tuple(tuple(_marked(v, row) for v in items))
+        case Iterable_(element=element):
+            return Iterable_(_marked(element, row))
+    return value
+
+
+def _unturned(value: Value) -> bool:
+    if isinstance(value, Array):
+        return value.tag == ("unturned",)
+    return any(map(_unturned, parts(value)))
 
 
 def _mutable(value: Value) -> bool:
@@ -2285,5 +2501,4 @@ _COMPARE: dict[str, Callable[[Any, Any], Any]] = {
     ">": operator.gt,
     ">=": operator.ge,
 }
-del math
 __all__ = ["Assumption", "Failure", "Interpreter", "Text"]

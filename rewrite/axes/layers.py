@@ -12,6 +12,7 @@ from .domain import (
     WANTED,
     Array,
     Constant,
+    Dead,
     Instance,
     Known,
     Opaque,
@@ -155,15 +156,14 @@ def _attention(
     **rest: Value,
 ) -> Value:
     """[rows][heads][length][features] in and out."""
-    for value in (keys, values):
-        if value != Opaque("handle"):
-            raise Refused("cache-use", "paged attention to something else than a cache's keys")
-    if mask != Opaque("mask"):
-        raise Refused("cache-use", "paged attention with something else than a made mask")
+    if keys != Opaque("handle") or values != Opaque("handle") or mask != Opaque("mask"):
+        raise Dead  # the site raises: it takes a cache's keys and a made mask only
     if any(is_live(v) for v in (scale, sinks, softcap, tiled_heads, *rest.values())):
         raise Refused("unknown-operation", "paged attention with options made from tokens")
     q = array(queries)
     axes = q.axes or ()
+    if q.tag:
+        elementwise(c, q)
     if q.open or len(axes) != 4 or axes[0] != (ROWS,) or axes[2] != (LENGTH,):
         raise Refused("row-mixing", f"paged attention of {describe(q)}")
     within(q, Known(1), "heads")
@@ -190,6 +190,12 @@ def _row_positions(c: Context, offset: Value, ndim: Value = Known(4)) -> Value:
     return Array(((ROWS,), *((),) * (ndim.value - 1)))
 
 
+# Custom kernels by the hash of their text; what was read in it.
+KERNELS: dict[str, str] = {
+    "b6a26040b565360e": "a product with packed weights; a thread reads the one row it writes",
+    "99afa53b5d5000a9": "a softmax over earlier layers; a threadgroup reads the one row it writes",
+}
+
 SITES: dict[str, tuple[Layer, str]] = {
     "paged_attention": (_attention, "each row attends to its own sequence's pages"),
     "paged_mask": (_mask, "a mask as a value"),
@@ -213,6 +219,8 @@ def check_rows(name: str, args: tuple[Value, ...]) -> None:
             check_rows(name, value.items)
         if isinstance(value, Array) and value.live:
             axes = value.axes or ()
+            if value.tag not in ((), ("start",)):
+                raise Refused("position-special", f"{name} of something made for other uses")
             head = axes[:1] == ((ROWS,),)
             second = len(axes) < 2 or axes[1] in ((LENGTH,), ()) or axes[2:3] == ((LENGTH,),)
             if not head or not second:
@@ -221,12 +229,14 @@ def check_rows(name: str, args: tuple[Value, ...]) -> None:
 
 def updated(keys: Value, values: Value) -> Value:
     """`cache.update_and_fetch(keys, values)` of a paged cache: [rows][heads][length][features]."""
+    if Opaque("handle") in (keys, values):
+        raise Dead  # what came from pages is no array, and says so
     for value in (keys, values):
         x = array(value)
         axes = x.axes or ()
-        if x.open or len(axes) != 4 or axes[0] != (ROWS,) or axes[2] != (LENGTH,):
+        if x.tag or x.open or len(axes) != 4 or axes[0] != (ROWS,) or axes[2] != (LENGTH,):
             raise Refused("row-mixing", f"{describe(x)} go to a cache")
     return Tuple((Opaque("handle"), Opaque("handle")))
 
 
-__all__ = ["FUNCTIONS", "LAYERS", "SITES", "as_linear", "check_rows", "some_site", "updated", "view"]
+__all__ = ["FUNCTIONS", "KERNELS", "LAYERS", "SITES", "as_linear", "check_rows", "some_site", "updated", "view"]

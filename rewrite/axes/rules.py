@@ -20,17 +20,25 @@ from .domain import (
     ROWS,
     Array,
     Axis,
+    Choice,
+    ClassValue,
     Constant,
     Count,
     CountTest,
+    Dead,
     Factor,
+    Instance,
     Items,
     Iterable_,
     Known,
     Opaque,
     Refused,
+    Routine,
+    Table,
     Tuple,
+    Undefined,
     Value,
+    choice,
     feature,
     is_live,
     tokens,
@@ -83,19 +91,37 @@ def array(value: Value) -> Array:
     match value:
         case Array():
             return value
-        case Known(value=None) | Known(value=str()):
-            raise TypeError("not an array")
+        case Known(value=None):
+            raise Dead
         case Known() | Constant():
             return Array(())
         case Tuple(items=items) if not is_live(value):
             return Array((feature(len(items)),))
         case Items() if not is_live(value):
             return Array((feature(),))
+        case Table() | Instance() | ClassValue() | Routine() | Undefined():
+            raise Dead
+        case Choice(options=several):
+            return _one_array(several)
         case Count() | CountTest():
             raise Refused("token-count", "a number of tokens is used as data", "a size in a shape")
         case Opaque(kind=kind):
             raise Refused("cache-use", f"a {kind} is used as an array", "passing it on")
-    raise TypeError(f"not an array: {value!r}")
+    raise Refused("unknown-operation", "an operand that is not known")
+
+
+def _one_array(several: tuple[Value, ...]) -> Array:
+    """What every option is that is an array."""
+    found: list[Array] = []
+    for option in several:
+        try:
+            found.append(array(option))
+        except Dead:
+            continue
+    merged = choice(found)
+    if isinstance(merged, Array):
+        return merged
+    raise Refused("unknown-operation", "arrays of different axes meet in one name")
 
 
 def live(value: Value) -> bool:
@@ -122,11 +148,17 @@ def elementwise(c: Context, *values: Value, **rest: Value) -> Value:
     for one in arrays:
         if one.tag:
             _tagged(one)
+    if any(one.axes is None for one in arrays) and any(one.live for one in arrays):
+        c.assume("a parameter of a shape that is not known has no more axes than what it meets")
     return broadcast(arrays)
 
 
 def _tagged(one: Array) -> None:
-    if one.tag[0] == "start":
+    if one.tag[0] == "unturned":
+        raise Refused(*_UNTURNED)
+    if one.tag[0] in ("row", "each"):
+        raise Refused("row-mixing", "one token's part meets the parts of others")
+    if one.tag[0] in ("start", "end", "steps"):
         raise Refused(
             "position-special",
             "the position of a chunk's first token is used as data",
@@ -137,7 +169,14 @@ def _tagged(one: Array) -> None:
 
 def arithmetic(c: Context, operator: str, left: Value, right: Value) -> Value:
     """`left operator right` where one of them is an array."""
+    if operator == "-" and isinstance(left, Array) and left.tag == ("end",):
+        if right == Count((LENGTH,)):
+            return Array(left.axes, tag=("start",))  # the end less the chunk's length
     one, two = array(left), array(right)
+    if operator == "+" and {one.tag, two.tag} == {("start",), ("steps",)}:
+        start = one if one.tag == ("start",) else two
+        if start.axes == ((ROWS,), ()):
+            return Array(((ROWS,), (LENGTH,)))  # each token's own position
     for this, other in ((one, two), (two, one)):
         if this.tag[:1] == ("start",) and operator in "+-" and not other.live:
             if other.axes != () or (operator == "-" and this is two):
@@ -446,6 +485,8 @@ def like(c: Context, a: Value, *rest: Value, **more: Value) -> Value:
 
 @rule("counts up: along tokens, that is a position in the chunk", "arange", "linspace", "eye", "tri")
 def counting(c: Context, *values: Value, **rest: Value) -> Value:
+    if values == (Count((LENGTH,)),) or values == (Known(0), Count((LENGTH,))):
+        return Array(((LENGTH,),), tag=("steps",))
     if any(is_live(v) for v in (*values, *rest.values())):
         raise Refused(
             "length-dependent",
@@ -455,12 +496,22 @@ def counting(c: Context, *values: Value, **rest: Value) -> Value:
     return Array((feature(),)) if "dtype" in rest or len(values) < 4 else PARAMETER
 
 
+@rule("random numbers are no function of tokens; only parameters start so",
+      "random.uniform", "random.normal")  # fmt: skip
+def random(c: Context, *given: Value, shape: Value = NONE, **rest: Value) -> Value:
+    if any(map(is_live, (*given, shape, *rest.values()))):
+        raise Refused("unknown-operation", "random numbers in a forward pass")
+    axes = _shape_axes(shape) if shape != NONE else None
+    return PARAMETER if axes is None else Array(axes)
+
+
 @rule("an array of numbers of the config", "array")
 def array_(c: Context, value: Value, *rest: Value, **more: Value) -> Value:
     if isinstance(value, Array):
         return value
     if isinstance(value, (Known, Constant)):
-        return Array(()) if isinstance(value, Known) else PARAMETER
+        number = isinstance(value, Known) or (isinstance(value.key, tuple) and value.key[0] in "*/+-**//")
+        return Array(()) if number else PARAMETER
     if is_live(value):
         raise Refused("token-count", "an array is made from numbers of tokens")
     return array(value) if isinstance(value, (Tuple, Items)) else PARAMETER
@@ -488,7 +539,11 @@ def listed(value: Value) -> list[Value]:
     if isinstance(value, Tuple):
         return list(value.items)
     if isinstance(value, Items):
-        return list(value.items) if value.items is not None else [value.element or PARAMETER]
+        if value.items is not None:
+            return list(value.items)
+        if value.element is None or isinstance(value.element, Undefined):
+            raise Dead  # an empty list
+        return [value.element]
     if isinstance(value, Iterable_):
         return [value.element]
     raise Refused("unknown-operation", "a list that is not known")
@@ -528,6 +583,13 @@ def concatenate(c: Context, arrays: Value, axis: Value = Known(0), **rest: Value
 @rule("arrays are put beside each other along a new axis", "stack")
 def stack(c: Context, arrays: Value, axis: Value = Known(0), **rest: Value) -> Value:
     found = [array(v) for v in listed(arrays)]
+    if len(found) == 1 and found[0].tag[:1] == ("each",) and axis == Known(0):
+        only = found[0]
+        if only.axes is not None and not only.open:
+            return distinct(Array((only.tag[1], *only.axes)))  # type: ignore[arg-type]
+    if any(x.tag for x in found):
+        for x in found:
+            elementwise(c, x)
     if not found or any(x.axes is None for x in found):
         if any(x.live for x in found):
             raise Refused("row-mixing", "a parameter is stacked beside rows")
@@ -720,7 +782,7 @@ def matmul(c: Context, a: Value, b: Value, **rest: Value) -> Value:
         raise Refused("unknown-operation", f"a parameter of unknown rank times {y}")
     within(x, Known(-1), "a product")
     if y.axes is None:
-        # A matrix, or a stack of matrices that lines up with the left's leading axes.
+        c.assume("a parameter of a shape that is not known is a matrix")
         return resized(c, x, Known(-1))
     if x.open or y.open:
         if len(y.axes) <= 2 and not y.live:
@@ -872,16 +934,23 @@ def rope(
     return turned(array(a), offset)
 
 
+_UNTURNED = (
+    "position-special",
+    "a rotary embedding that does not count from the cache's offset",
+    "offset=cache.offset, or that plus a number",
+)
+
+
 def turned(x: Array, offset: Value) -> Array:
     """A rotary embedding: the offset must be each row's own position."""
     if not x.live:
         return x
+    if offset == NONE:
+        raise Dead
+    if not is_live(offset):
+        return Array(x.axes, x.open, ("unturned",))  # for calls without a cache
     if not isinstance(offset, Array) or offset.tag[:1] != ("start",):
-        raise Refused(
-            "position-special",
-            "a rotary embedding that does not count from the cache's offset",
-            "offset=cache.offset, or that plus a number",
-        )
+        raise Refused(*_UNTURNED)
     head, last = (x.axes or ())[:1], (x.axes or ())[-2:-1]
     if x.open or head != ((ROWS,),) or last != ((LENGTH,),) or len(x.axes or ()) < 3:
         raise Refused(
