@@ -23,6 +23,8 @@ SLUGS: dict[str, str] = {
     "token-count": "the number of tokens is used as data",
     "position-special": "a position is treated specially outside a recognised site",
     "not-autoregressive": "the model does not generate by appending tokens to its caches",
+    "length-dependent": "the length of a chunk decides what is computed",
+    "token-branch": "Python reads what tokens hold, to branch or to choose",
     "unknown-operation": "an operation whose effect on tokens is not known",
 }
 
@@ -32,6 +34,24 @@ EXPLANATIONS: dict[str, str] = {
         "in rewrite/kinds. This one is none of them. The model still runs: the whole model once "
         "per sequence, over its own caches, which the report counts. docs/adding-a-kind.md says "
         "how to teach the compiler a new kind."
+    ),
+    "row-mixing": (
+        "In a rewritten model every token is a row of its own, so nothing outside a recognised "
+        "mixer may compute one token from another. This file does, or it could not be shown that "
+        "it does not. It still runs, the whole model once per sequence. docs/token-independence.md "
+        "says what can be proved."
+    ),
+    "length-dependent": (
+        "A prompt may come in chunks of any length, and rows do not know in which. What depends on "
+        "the length of a chunk has no meaning there, so the whole model runs once per sequence."
+    ),
+    "state-on-self": (
+        "What the forward pass keeps on the model, tokens of one sequence leave to those of "
+        "another. State belongs into a cache."
+    ),
+    "unknown-operation": (
+        "The proof of token independence knows what each operation of mlx does to token axes, one "
+        "rule an operation in rewrite/axes/rules.py. This one has none, so nothing is claimed."
     ),
     "cache-class": (
         "make_cache returns an object of a class that is not one of mlx_lm.models.cache. The paged "

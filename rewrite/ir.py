@@ -466,6 +466,14 @@ class Miss:
 
 
 @dataclass(frozen=True, slots=True)
+class Assumption:
+    """Something that the proof of token independence rests on and does not show."""
+
+    text: str
+    place: Place | None
+
+
+@dataclass(frozen=True, slots=True)
 class Refusal:
     class_name: str
     diagnostics: tuple[Diagnostic, ...]
@@ -478,6 +486,7 @@ class Verdict:
     mode: str  # "sites" | "model" | "none"
     entry: ClassFacts | None
     reasons: tuple[Diagnostic, ...]  # why not token-major
+    assumptions: tuple[Assumption, ...] = ()  # what the proof of token independence rests on
 
 
 @dataclass(frozen=True, slots=True)
@@ -504,6 +513,7 @@ class Plan:
     notes: tuple[Diagnostic, ...]
     edits: tuple[Edit, ...]
     contract: Contract | None = None  # of a language model inside a larger one
+    assumptions: tuple[Assumption, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from .diagnostics import error
-from .ir import Diagnostic, Emitted, Match, ModuleFacts, Place, Refusal, Verdict
+from .ir import Diagnostic, Emitted, Match, ModuleFacts, Place, Plan, Refusal, Verdict
 from .languages import outside, settle
+from .passes.axes import Proofs
 from .passes.classify import classify
 from .passes.emit import emit
 from .passes.facts import absolute_module, facts
 from .passes.parse import ParseError, parse
-from .passes.plan import plan, verdict
+from .passes.plan import Judgements, plan, verdict
 from .passes.verify import verify
 from .program import Program
 from .sources import Package, installed_package
@@ -41,7 +43,9 @@ class Compiler:
     facts: dict[str, ModuleFacts | None] = field(default_factory=dict)
     judgements: dict[str, dict[str, Match | Refusal]] = field(default_factory=dict)
     failures: dict[str, Diagnostic] = field(default_factory=dict)
-    targets: frozenset[str] = frozenset()
+    settled: dict[str, Verdict] = field(default_factory=dict)
+    plans: dict[str, Plan] = field(default_factory=dict)
+    linked: dict[str, tuple[Program, Judgements]] = field(default_factory=dict)
 
     def compile(self, name: str) -> Compiled:
         """One module, with everything it imports from the package."""
@@ -49,18 +53,7 @@ class Compiler:
         if module is None:
             return Compiled(name, None, (self.failures[name],), ())
         reached = self.closure(name)
-        program = Program({m.source.module: m for m in reached})
-        judged = {m.source.module: self.judge(program, m) for m in reached}
-        merged = {cls: verdict_ for group in judged.values() for cls, verdict_ in group.items()}
-        verdicts = self.verdicts(program, reached, merged)
-        planned = plan(
-            program,
-            module,
-            merged,
-            verdicts,
-            self.generated(reached),
-            in_place=self.package.nested,
-        )
+        planned = self.plan(module)
         inputs = tuple(sorted((m.source.module, m.source.sha256) for m in reached))
         emitted = emit(module, planned, self.package.upstream, inputs)
         problems = verify(module, planned, emitted)
@@ -145,6 +138,17 @@ class Compiler:
         found = classify(program, module)
         return {cls: outside(program, cls, judged) for cls, judged in found.items()}
 
+    def judged(self, module: ModuleFacts) -> tuple[Program, Judgements]:
+        """The module's closure, linked, and what its classes are."""
+        name = module.source.module
+        if name not in self.linked:
+            reached = self.closure(name)
+            program = Program({m.source.module: m for m in reached})
+            groups = [self.judge(program, m) for m in reached]
+            merged = {cls: found for group in groups for cls, found in group.items()}
+            self.linked[name] = program, merged
+        return self.linked[name]
+
     def generated(self, modules: Iterable[ModuleFacts]) -> frozenset[str]:
         """Modules that get a generated file."""
         return frozenset(
@@ -153,16 +157,58 @@ class Compiler:
             if self.is_target(m) and _inside(m.source.module, self.package.name)
         )
 
+    def plan(self, module: ModuleFacts) -> Plan:
+        """The edits of a module whose mode is settled."""
+        name = module.source.module
+        if name not in self.plans:
+            self.plans[name] = self._plan(module, *self.judged(module))
+        return self.plans[name]
+
+    def _plan(self, module: ModuleFacts, program: Program, judgements: Judgements) -> Plan:
+        reached = list(program.modules.values())
+        return plan(
+            program,
+            module,
+            judgements,
+            self.verdicts(program, reached, judgements),
+            self.generated(reached),
+            in_place=self.package.nested,
+        )
+
     def verdicts(
-        self, program: Program, modules: list[ModuleFacts], judged: dict[str, Match | Refusal]
+        self, program: Program, modules: Iterable[ModuleFacts], judgements: Judgements
     ) -> dict[str, Verdict]:
-        entry, nested = self.package.entry, self.package.nested
+        targets = [m for m in modules if self.is_target(m)]
+        if not self.package.nested:
+            return {m.source.module: self.verdict(m) for m in targets}
+        entry = self.package.entry
         found = {
-            m.source.module: verdict(program, m, judged, entry, nested=nested)
-            for m in modules
-            if self.is_target(m)
+            m.source.module: verdict(program, m, judgements, entry, nested=True) for m in targets
         }
-        return settle(program, found, judged) if nested else found
+        return settle(program, found, judgements)
+
+    def verdict(self, module: ModuleFacts) -> Verdict:
+        """How a file is run: token-major only if its rewritten text is proved row by row."""
+        name = module.source.module
+        if name not in self.settled:
+            program, judgements = self.judged(module)
+            found = verdict(program, module, judgements, self.package.entry)
+            self.settled[name] = found  # for a circle of imports
+            if found.mode == "sites":
+                planned = self._plan(module, program, judgements)
+                proof = self.proofs.prove(module, planned, judgements)
+                reasons = (proof.failure,) if proof.failure is not None else ()
+                mode = "model" if reasons else "sites"
+                self.settled[name] = Verdict(mode, found.entry, reasons, proof.assumptions)
+        return self.settled[name]
+
+    @cached_property
+    def proofs(self) -> Proofs:
+        def planned(name: str) -> Plan | None:
+            module = self.load(name)
+            return self.plan(module) if module is not None and self.is_target(module) else None
+
+        return Proofs(lambda name: self.load(name) if self.is_read(name) else None, planned)
 
 
 def _inside(name: str, package: str) -> bool:

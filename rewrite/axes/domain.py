@@ -267,6 +267,7 @@ class Undefined(Value):
 
 
 NONE = Known(None)
+ZERO, LAST, NO = Known(0), Known(-1), Known(False)
 UNDEFINED = Undefined()
 PARAMETER = Array(None)
 CONSTANT = Constant()

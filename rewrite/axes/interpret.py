@@ -17,6 +17,7 @@ from typing import Any
 
 from ..ir import (
     Assign,
+    Assumption,
     AugAssign,
     Block,
     Class,
@@ -35,6 +36,7 @@ from ..ir import (
     Stmt,
     While,
 )
+from . import rules as array_rules
 from .domain import (
     CONSTANT,
     LENGTH,
@@ -42,6 +44,7 @@ from .domain import (
     PARAMETER,
     ROWS,
     UNDEFINED,
+    ZERO,
     Array,
     ByToken,
     Choice,
@@ -77,11 +80,11 @@ from .domain import (
 )
 from .indexing import index, store
 from .layers import FUNCTIONS, KERNELS, LAYERS, SITES, as_linear, check_rows, some_site, updated
-from . import rules as array_rules
 from .rules import RULES, Rule, arithmetic, array
 from .world import REWRITTEN, Text, World
 
 _SITES = "mlxrewrite.runtime.sites."
+_EMPTY = Tuple(())
 _DEEPEST = 60
 _ROUNDS = 12
 _UNROLLED = 24
@@ -115,14 +118,6 @@ class Frame:
     returns: Value = UNDEFINED
     breaks: list[dict[str, Value]] = field(default_factory=list)
     continues: list[dict[str, Value]] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class Assumption:
-    """Something the proof rests on that is not shown by it."""
-
-    text: str
-    place: Place | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,9 +241,7 @@ class Interpreter:
 
         return self.each(run, args, more)
 
-    def on_row(
-        self, rule: Rule, row: Any, args: Sequence[Value], more: dict[str, Value]
-    ) -> Value:
+    def on_row(self, rule: Rule, row: Any, args: Sequence[Value], more: dict[str, Value]) -> Value:
         """A rule for one token's parts: whatever it computes, it computes for each token alone."""
         inner = [_bare(v) for v in args]
         named = {k: _bare(v) for k, v in more.items()}
@@ -400,9 +393,7 @@ class Interpreter:
                         return owner, statement.value
         return None
 
-    def instantiate(
-        self, cls: ClassValue, args: Sequence[Value], more: dict[str, Value]
-    ) -> Value:
+    def instantiate(self, cls: ClassValue, args: Sequence[Value], more: dict[str, Value]) -> Value:
         lineage = self.lineage(cls)
         names = [c.name for c in lineage if isinstance(c, Library)]
         if any(isinstance(c, ClassValue) and c.name == "BaseModelArgs" for c in lineage):
@@ -647,9 +638,7 @@ class Interpreter:
 
     # ----------------------------------------------------------------- library calls
 
-    def call_library(
-        self, callee: Library, args: Sequence[Value], more: dict[str, Value]
-    ) -> Value:
+    def call_library(self, callee: Library, args: Sequence[Value], more: dict[str, Value]) -> Value:
         name = callee.name
         if callee.bound is not None:
             return self.call_bound(name, callee.bound, args, more)
@@ -682,7 +671,7 @@ class Interpreter:
             raise Refused("unknown-operation", f"mx.{name} has no rule")
         if name == "fast.metal_kernel":
             return self.kernel(more)
-        return CONSTANT if name.split(".")[0] in _NO_ARRAYS else PARAMETER
+        return CONSTANT if name.split(".", maxsplit=1)[0] in _NO_ARRAYS else PARAMETER
 
     @staticmethod
     def kernel(more: dict[str, Value]) -> Value:
@@ -703,9 +692,7 @@ class Interpreter:
         if reason is None or known is None:
             raise Refused("unknown-operation", "a custom kernel", "mlx's own operations")
         self.assume(f"a custom kernel, read and not run: {reason}")
-        return Tuple(
-            tuple(self.apply(RULES["zeros"], (shape,), {}) for shape in known)
-        )
+        return Tuple(tuple(self.apply(RULES["zeros"], (shape,), {}) for shape in known))
 
     def call_nn(self, name: str, args: Sequence[Value], more: dict[str, Value]) -> Value:
         last = name.rpartition(".")[2]
@@ -729,10 +716,8 @@ class Interpreter:
         if name == "mlxrewrite.runtime.rope.initialize_rope":
             return Instance(None, {}, "RoPE", self.depth, self.forward)
         last = name.rpartition(".")[2]
-        if last.startswith("per_sequence"):
-            (routine,) = args
-            assert isinstance(routine, Routine)
-            return Library("per_sequence", Tuple((routine,)))
+        if last in ("per_sequence", "per_sequence_model", "per_length"):
+            return Library("per_sequence", Tuple((*args, Known(_ONCE[last]))))
         entry = SITES.get(last)
         if entry is not None:
             function, reason = entry
@@ -747,7 +732,7 @@ class Interpreter:
     ) -> Value:
         if name == "per_sequence":
             assert isinstance(bound, Tuple)
-            return self.call_per_sequence(bound.items[0], args, more)
+            return self.call_mixer(bound.items[0], bound.items[1], args, more)
         kind, _, method = name.partition(".")
         if kind == "kernel":
             return self.call_kernel(method, args, more)
@@ -774,16 +759,17 @@ class Interpreter:
             return self.call_table(bound, method, args)
         raise Refused("unknown-operation", f"`.{method}` of something that is not known")
 
-    def call_per_sequence(
-        self, routine: Value, args: Sequence[Value], more: dict[str, Value]
+    def call_mixer(
+        self, routine: Value, how: Value, args: Sequence[Value], more: dict[str, Value]
     ) -> Value:
         """The original mixer over each sequence's own rows: [rows][length] and features."""
         assert isinstance(routine, Routine) and isinstance(routine.syntax, Function)
-        check_rows(f"`{routine.syntax.name}` once per sequence", (*args, *more.values()))
-        widths = {_width(s.value) for s in _returns(routine.syntax.body)}
+        assert isinstance(how, Known)
         owner = routine.owner.name if routine.owner is not None else routine.syntax.name
+        check_rows(f"`{owner}` {how.value}", (*args, *more.values()))
+        widths = {_width(s.value) for s in _returns(routine.syntax.body)}
         self.assume(
-            f"`{owner}` runs once per sequence and gives [rows][length][features]; "
+            f"`{owner}` runs {how.value} and gives [rows][length][features]; "
             "the runtime checks the first two axes"
         )
         rows = Array(((ROWS,), (LENGTH,), feature(("of", owner))))
@@ -816,6 +802,10 @@ class Interpreter:
                 return Tuple((Opaque("handle"), Opaque("handle")))
             return self.apply(
                 Rule(method, lambda c, k, v: updated(k, v), "keys go to pages"), args, more
+            )
+        if method == "update_and_fetch_latents":
+            return self.apply(
+                Rule(method, lambda c, k, v: updated(k, v), "latents go to pages"), args, more
             )
         if method == "make_mask":
             return Opaque("mask")
@@ -907,8 +897,10 @@ class Interpreter:
                 if method == "setdefault":
                     self.store_entry(bound, args[0], args[1] if len(args) > 1 else NONE)
             default = args[1] if len(args) > 1 else NONE
-            return found if found is not None and _certain(bound, args[0]) else choice(
-                (default, *(options(found) if found is not None else ()))
+            return (
+                found
+                if found is not None and _certain(bound, args[0])
+                else choice((default, *(options(found) if found is not None else ())))
             )
         pairs = [Tuple((Known(k), v)) for k, v in bound.entries.items()]
         if bound.other is not None:
@@ -984,7 +976,7 @@ class Interpreter:
                 return CONSTANT
             case Known(value=str()):
                 return CONSTANT
-            case Numbers(axis=axis, one=True):
+            case Numbers(one=True):
                 return value
             case ByToken() | Numbers():
                 raise Refused("token-branch", "what tokens hold is read by Python")
@@ -1055,19 +1047,17 @@ class Interpreter:
             return Tuple(tuple(Tuple(tuple(pair)) for pair in pairs))
         return Iterable_(Tuple(tuple(self.element(v) for v in values)))
 
-    def _enumerate(self, value: Value, start: Value = Known(0)) -> Value:
+    def _enumerate(self, value: Value, start: Value = ZERO) -> Value:
         known = self.known_items(value)
         if known is not None and isinstance(start, Known):
-            return Tuple(
-                tuple(Tuple((Known(i), v)) for i, v in enumerate(known, start.value))
-            )
+            return Tuple(tuple(Tuple((Known(i), v)) for i, v in enumerate(known, start.value)))
         return Iterable_(Tuple((CONSTANT, self.element(value))))
 
-    def _list(self, value: Value = Tuple(())) -> Value:
+    def _list(self, value: Value = _EMPTY) -> Value:
         known = self.known_items(value)
         return self.items(known, None if known is not None else self.element(value))
 
-    def _tuple(self, value: Value = Tuple(())) -> Value:
+    def _tuple(self, value: Value = _EMPTY) -> Value:
         known = self.known_items(value)
         if known is not None:
             return Tuple(tuple(known))
@@ -1127,7 +1117,7 @@ class Interpreter:
             return CONSTANT
         return Super(frame.this, frame.owner)
 
-    def _sum(self, value: Value, start: Value = Known(0)) -> Value:
+    def _sum(self, value: Value, start: Value = ZERO) -> Value:
         if not is_live(value):
             return CONSTANT
         known = self.known_items(value)
@@ -1311,9 +1301,7 @@ class Interpreter:
         elif self.forward:
             raise Refused("state-on-self", f"`.{name}` of something shared is set")
 
-    def store_on_model(
-        self, base: Instance, name: str, value: Value, expr: Expr | None
-    ) -> None:
+    def store_on_model(self, base: Instance, name: str, value: Value, expr: Expr | None) -> None:
         """What the forward keeps on the model must be the same whenever it is kept."""
         old = base.attributes.get(name, NONE)
         if is_live(value):
@@ -1665,9 +1653,7 @@ class Interpreter:
             for two in options(right):
                 if isinstance(one, (Constant, Undefined)) or isinstance(two, (Constant, Undefined)):
                     outcomes.add(None)
-                elif NONE in (one, two):
-                    outcomes.add(one == two)
-                elif isinstance(one, Known) and isinstance(two, Known):
+                elif NONE in (one, two) or (isinstance(one, Known) and isinstance(two, Known)):
                     outcomes.add(one == two)
                 else:
                     outcomes.add(None)
@@ -1995,9 +1981,7 @@ class Interpreter:
                 scope = self.frame.scope
                 if target.data in scope.outer and self.forward:
                     self.at(target)
-                    raise Refused(
-                        "state-on-self", f"`{target.data}` of an enclosing scope is set"
-                    )
+                    raise Refused("state-on-self", f"`{target.data}` of an enclosing scope is set")
                 scope.names[target.data] = value
                 held = expr is not None and expr.op in ("name", "attr", "subscript")
                 (scope.aliases.add if held else scope.aliases.discard)(target.data)
@@ -2100,7 +2084,8 @@ class Interpreter:
         for one in options(current):
             if isinstance(one, Array) and one.tag[:1] == ("start",):
                 raise Refused(
-                    "position-special", "the positions, which all layers share, are changed in place"
+                    "position-special",
+                    "the positions, which all layers share, are changed in place",
                 )
             if isinstance(one, Array) and not one.live and self.forward:
                 held = target.op != "name" or target.data in self.frame.scope.aliases
@@ -2468,6 +2453,11 @@ def _settles(expr: Expr, name: str) -> bool:
     return False
 
 
+_ONCE = {
+    "per_sequence": "once per sequence",
+    "per_sequence_model": "once per sequence",
+    "per_length": "once for all sequences with equally many rows",
+}
 _CACHED = ("functools.lru_cache", "functools.cache", "functools.cached_property")
 _PASSED = ("functools.wraps", "copy.copy", "copy.deepcopy", "functools.lru_cache")
 _NO_ARRAYS = ("finfo", "iinfo", "distributed", "metal", "default_device", "fast", "issubdtype")

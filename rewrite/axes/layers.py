@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .domain import (
+    LAST,
     LENGTH,
     NONE,
     PARAMETER,
     ROWS,
     WANTED,
+    ZERO,
     Array,
     Constant,
     Dead,
@@ -37,11 +39,11 @@ FUNCTIONS: dict[str, Rule] = {
 }
 
 
-def _nn_softmax(c: Context, x: Value, axis: Value = Known(-1), **rest: Value) -> Value:
+def _nn_softmax(c: Context, x: Value, axis: Value = LAST, **rest: Value) -> Value:
     return softmax(c, x, axis)
 
 
-def _glu(c: Context, x: Value, axis: Value = Known(-1)) -> Value:
+def _glu(c: Context, x: Value, axis: Value = LAST) -> Value:
     value = array(x)
     within(value, axis, "a gate")
     return resized(c, value, axis)
@@ -84,7 +86,7 @@ def _pointwise(c: Context, layer: Instance, *values: Value) -> Value:
     return elementwise(c, *values)
 
 
-def _rope(c: Context, layer: Instance, x: Value, offset: Value = Known(0), **rest: Value) -> Value:
+def _rope(c: Context, layer: Instance, x: Value, offset: Value = ZERO, **rest: Value) -> Value:
     if any(is_live(v) for v in rest.values()):
         raise Refused("token-count", "a rotary embedding with a number of tokens")
     return turned(array(x), offset)
@@ -160,6 +162,10 @@ def _attention(
         raise Dead  # the site raises: it takes a cache's keys and a made mask only
     if any(is_live(v) for v in (scale, sinks, softcap, tiled_heads, *rest.values())):
         raise Refused("unknown-operation", "paged attention with options made from tokens")
+    return _attended(c, queries)
+
+
+def _attended(c: Context, queries: Value) -> Array:
     q = array(queries)
     axes = q.axes or ()
     if q.tag:
@@ -171,7 +177,27 @@ def _attention(
     return Array((*axes[:3], feature()))
 
 
-def _last_rows(c: Context, h: Value, cache: Value = NONE, axis: Value = Known(0)) -> Value:
+def _latent_attention(
+    c: Context,
+    content: Value,
+    rope: Value,
+    latents: Value,
+    ropes: Value,
+    up_keys: Value = NONE,
+    up_values: Value = NONE,
+    scale: Value = NONE,
+    mask: Value = NONE,
+) -> Value:
+    """[rows][heads][length][features] in and out."""
+    if latents != Opaque("handle") or ropes != Opaque("handle") or mask != Opaque("mask"):
+        raise Dead  # the site raises: it takes a cache's latents and a made mask only
+    if any(is_live(v) for v in (scale, up_keys, up_values)):
+        raise Refused("unknown-operation", "paged attention with options made from tokens")
+    _attended(c, rope)
+    return _attended(c, content)
+
+
+def _last_rows(c: Context, h: Value, cache: Value = NONE, axis: Value = ZERO) -> Value:
     x = array(h)
     place = axis_index(x, axis)
     axes = list(x.axes or ())
@@ -183,7 +209,10 @@ def _last_rows(c: Context, h: Value, cache: Value = NONE, axis: Value = Known(0)
     return Array(tuple(axes), x.open)
 
 
-def _row_positions(c: Context, offset: Value, ndim: Value = Known(4)) -> Value:
+_FOUR = Known(4)
+
+
+def _row_positions(c: Context, offset: Value, ndim: Value = _FOUR) -> Value:
     if not isinstance(offset, Array) or offset.tag[:1] != ("start",):
         raise Refused("position-special", "positions that do not come from a cache's offset")
     assert isinstance(ndim, Known)
@@ -198,6 +227,7 @@ KERNELS: dict[str, str] = {
 
 SITES: dict[str, tuple[Layer, str]] = {
     "paged_attention": (_attention, "each row attends to its own sequence's pages"),
+    "paged_latent_attention": (_latent_attention, "each row attends to its own sequence's latents"),
     "paged_mask": (_mask, "a mask as a value"),
     "chunked_mask": (_mask, "a mask as a value"),
     "sequence_mask": (_mask, "a mask as a value"),
@@ -239,4 +269,14 @@ def updated(keys: Value, values: Value) -> Value:
     return Tuple((Opaque("handle"), Opaque("handle")))
 
 
-__all__ = ["FUNCTIONS", "KERNELS", "LAYERS", "SITES", "as_linear", "check_rows", "some_site", "updated", "view"]
+__all__ = [
+    "FUNCTIONS",
+    "KERNELS",
+    "LAYERS",
+    "SITES",
+    "as_linear",
+    "check_rows",
+    "some_site",
+    "updated",
+    "view",
+]

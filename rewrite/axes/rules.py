@@ -14,10 +14,13 @@ from typing import Any, Protocol
 
 from .domain import (
     CONSTANT,
+    LAST,
     LENGTH,
+    NO,
     NONE,
     PARAMETER,
     ROWS,
+    ZERO,
     Array,
     Axis,
     Choice,
@@ -214,7 +217,7 @@ def reduced(x: Array, across: Iterable[int], keepdims: Value) -> Array:
     *"sum mean max min prod var std any all logsumexp median".split(),
 )
 def reduction(
-    c: Context, a: Value, axis: Value = NONE, keepdims: Value = Known(False), **rest: Value
+    c: Context, a: Value, axis: Value = NONE, keepdims: Value = NO, **rest: Value
 ) -> Value:
     x = array(a)
     if x.axes is None:
@@ -225,9 +228,7 @@ def reduction(
 
 
 @rule("the index of an extreme along one axis; without one, over all", "argmax", "argmin")
-def extreme(
-    c: Context, a: Value, axis: Value = NONE, keepdims: Value = Known(False), **rest: Value
-) -> Value:
+def extreme(c: Context, a: Value, axis: Value = NONE, keepdims: Value = NO, **rest: Value) -> Value:
     return reduction(c, a, axis, keepdims)
 
 
@@ -237,7 +238,7 @@ def norm(
     a: Value,
     ord: Value = NONE,
     axis: Value = NONE,
-    keepdims: Value = Known(False),
+    keepdims: Value = NO,
     **rest: Value,
 ) -> Value:
     return reduction(c, a, axis, keepdims)
@@ -264,19 +265,21 @@ def scan(c: Context, a: Value, axis: Value = NONE, **rest: Value) -> Value:
 
 
 @rule("values are put in order along one axis, the last by default", "sort")
-def sort(c: Context, a: Value, axis: Value = Known(-1), **rest: Value) -> Value:
+def sort(c: Context, a: Value, axis: Value = LAST, **rest: Value) -> Value:
     return _along(c, a, axis, "a sort")
 
 
-@rule("values are put around the k-th along one axis, the last by default", "partition", "argpartition")
-def partition(
-    c: Context, a: Value, kth: Value, axis: Value = Known(-1), **rest: Value
-) -> Value:
+@rule(
+    "values are put around the k-th along one axis, the last by default",
+    "partition",
+    "argpartition",
+)
+def partition(c: Context, a: Value, kth: Value, axis: Value = LAST, **rest: Value) -> Value:
     return _along(c, a, axis, "a partition")
 
 
 @rule("the largest along one axis, the last by default", "topk")
-def topk(c: Context, a: Value, k: Value, axis: Value = Known(-1), **rest: Value) -> Value:
+def topk(c: Context, a: Value, k: Value, axis: Value = LAST, **rest: Value) -> Value:
     x = _along(c, a, axis, "a choice of the largest")
     return resized(c, x, axis, k)
 
@@ -294,7 +297,7 @@ def resized(c: Context, x: Array, axis: Value, size: Value = NONE) -> Array:
 
 
 @rule("the order along one axis; of all rows together it is a permutation to be undone", "argsort")
-def argsort(c: Context, a: Value, axis: Value = Known(-1), **rest: Value) -> Value:
+def argsort(c: Context, a: Value, axis: Value = LAST, **rest: Value) -> Value:
     x = array(a)
     if x.live and x.axes is not None and len(x.axes) == 1 and not x.open:
         (only,) = x.axes
@@ -328,7 +331,7 @@ def spread(values: tuple[Value, ...]) -> tuple[Value, ...]:
 @rule("row-major order: the new axes cut the same elements elsewhere", "reshape")
 def reshape_(c: Context, a: Value, *shape: Value, **rest: Value) -> Value:
     x = array(a)
-    given = rest.get("shape", None)
+    given = rest.get("shape")
     if not x.live and not any(map(is_live, shape)):
         try:
             return reshape(x, items_of(given) if given is not None else spread(shape))
@@ -339,7 +342,7 @@ def reshape_(c: Context, a: Value, *shape: Value, **rest: Value) -> Value:
 
 @rule("neighbouring axes become one, in row-major order", "flatten")
 def flatten_(
-    c: Context, a: Value, start_axis: Value = Known(0), end_axis: Value = Known(-1), **rest: Value
+    c: Context, a: Value, start_axis: Value = ZERO, end_axis: Value = LAST, **rest: Value
 ) -> Value:
     x = array(a)
     if x.axes is None:
@@ -483,7 +486,9 @@ def like(c: Context, a: Value, *rest: Value, **more: Value) -> Value:
     return Array(x.axes, x.open)
 
 
-@rule("counts up: along tokens, that is a position in the chunk", "arange", "linspace", "eye", "tri")
+@rule(
+    "counts up: along tokens, that is a position in the chunk", "arange", "linspace", "eye", "tri"
+)
 def counting(c: Context, *values: Value, **rest: Value) -> Value:
     if values == (Count((LENGTH,)),) or values == (Known(0), Count((LENGTH,))):
         return Array(((LENGTH,),), tag=("steps",))
@@ -510,7 +515,9 @@ def array_(c: Context, value: Value, *rest: Value, **more: Value) -> Value:
     if isinstance(value, Array):
         return value
     if isinstance(value, (Known, Constant)):
-        number = isinstance(value, Known) or (isinstance(value.key, tuple) and value.key[0] in "*/+-**//")
+        number = isinstance(value, Known) or (
+            isinstance(value.key, tuple) and value.key[0] in "*/+-**//"
+        )
         return Array(()) if number else PARAMETER
     if is_live(value):
         raise Refused("token-count", "an array is made from numbers of tokens")
@@ -550,7 +557,7 @@ def listed(value: Value) -> list[Value]:
 
 
 @rule("arrays are put behind each other along one axis, the first by default", "concatenate")
-def concatenate(c: Context, arrays: Value, axis: Value = Known(0), **rest: Value) -> Value:
+def concatenate(c: Context, arrays: Value, axis: Value = ZERO, **rest: Value) -> Value:
     found = [array(v) for v in listed(arrays)]
     if not any(x.live for x in found):
         first = found[0] if found else PARAMETER
@@ -581,7 +588,7 @@ def concatenate(c: Context, arrays: Value, axis: Value = Known(0), **rest: Value
 
 
 @rule("arrays are put beside each other along a new axis", "stack")
-def stack(c: Context, arrays: Value, axis: Value = Known(0), **rest: Value) -> Value:
+def stack(c: Context, arrays: Value, axis: Value = ZERO, **rest: Value) -> Value:
     found = [array(v) for v in listed(arrays)]
     if len(found) == 1 and found[0].tag[:1] == ("each",) and axis == Known(0):
         only = found[0]
@@ -606,7 +613,7 @@ def stack(c: Context, arrays: Value, axis: Value = Known(0), **rest: Value) -> V
 
 @rule("an array is cut along one axis, the first by default", "split")
 def split(
-    c: Context, a: Value, indices_or_sections: Value, axis: Value = Known(0), **rest: Value
+    c: Context, a: Value, indices_or_sections: Value, axis: Value = ZERO, **rest: Value
 ) -> Value:
     x = array(a)
     if x.axes is not None and (x.live or isinstance(axis, Known)):
@@ -720,7 +727,9 @@ def take(c: Context, a: Value, indices: Value, axis: Value = NONE, **rest: Value
             return Array(chosen.axes)
         raise Refused("unknown-operation", "entries of a parameter of unknown rank")
     if axis == NONE and len(x.axes) > 1:
-        raise Refused("row-mixing" if x.live else "unknown-operation", "entries of the flattened array")
+        raise Refused(
+            "row-mixing" if x.live else "unknown-operation", "entries of the flattened array"
+        )
     index = axis_index(x, Known(0) if axis == NONE else axis)
     if tokens(axis_at(x, index)):
         raise Refused("row-mixing", f"rows are chosen by index along a token axis of {x}")
@@ -733,7 +742,9 @@ def take(c: Context, a: Value, indices: Value, axis: Value = NONE, **rest: Value
 
 
 @rule("entries along an axis, each row by its own indices", "take_along_axis")
-def take_along_axis(c: Context, a: Value, indices: Value, axis: Value = NONE, **rest: Value) -> Value:
+def take_along_axis(
+    c: Context, a: Value, indices: Value, axis: Value = NONE, **rest: Value
+) -> Value:
     x, chosen = array(a), array(indices)
     if not x.live and not chosen.live:
         return PARAMETER
@@ -928,9 +939,7 @@ def fast_norm(c: Context, a: Value, weight: Value = NONE, *rest: Value, **more: 
 
 @rule("a row is turned by its own position: offset plus its place on the last axis but one",
       "fast.rope")  # fmt: skip
-def rope(
-    c: Context, a: Value, *rest: Value, offset: Value = Known(0), **more: Value
-) -> Value:
+def rope(c: Context, a: Value, *rest: Value, offset: Value = ZERO, **more: Value) -> Value:
     return turned(array(a), offset)
 
 

@@ -176,7 +176,9 @@ def reshape(x: Array, shape: Sequence[Value]) -> Array:
     """
     if not x.live:
         if x.axes is not None or all(not isinstance(s, Count) for s in shape):
-            return Array(tuple(feature(size_key(s)) if size_key(s) != -1 else feature() for s in shape))
+            return Array(
+                tuple(feature(size_key(s)) if size_key(s) != -1 else feature() for s in shape)
+            )
         raise Refused("token-count", "a parameter is reshaped by a number of tokens")
     assert x.axes is not None
     slots = [_slot(item) for item in shape]
@@ -221,7 +223,7 @@ def reshape(x: Array, shape: Sequence[Value]) -> Array:
         extra = [Factor("feature")]
     if trail and (extra or ahead != tail):
         raise Refused("row-mixing", f"a reshape may move features across the tokens of {x}")
-    axes = [slot if slot is not None else tuple([*inner, *extra]) for slot in slots]
+    axes = [slot if slot is not None else (*inner, *extra) for slot in slots]
     return distinct(Array(tuple(axes)))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from ..ir import Diagnostic, Edit, Emitted, Match, ModuleFacts, Place, Plan
+from ..ir import Assumption, Diagnostic, Edit, Emitted, Match, ModuleFacts, Place, Plan
 
 API = 1  # of the contract between generated files and the runtime; raised when either changes
 
@@ -75,6 +75,7 @@ def _manifest(
             for r in plan.refusals
         ],
         "notes": [_diagnostic(note) for note in plan.notes],
+        "assumptions": [_assumption(item) for item in plan.assumptions],
         "edits": len(plan.edits),
     }
     if plan.contract is not None:
@@ -105,6 +106,10 @@ def _diagnostic(diagnostic: Diagnostic) -> dict[str, object]:
         "at": f"{place}" if place is not None else None,
         "label": diagnostic.label,
     }
+
+
+def _assumption(item: Assumption) -> dict[str, object]:
+    return {"text": item.text, "at": f"{item.place}" if item.place is not None else None}
 
 
 def _at(place: Place) -> str:

@@ -119,8 +119,16 @@ def plan(
     edits += _import_edits(program, module, targets, verdicts, paged=True)
     edits += _new_imports(module, names)
     route = _route(program, own, judgements)
-    ordered = _sorted(edits)
-    return Plan(name, route, tuple(matches), tuple(refusals), drivers.notes, ordered, facts)
+    return Plan(
+        name,
+        route,
+        tuple(matches),
+        tuple(refusals),
+        drivers.notes,
+        _sorted(edits),
+        facts,
+        own.assumptions,
+    )
 
 
 def _whole_model_plan(
