@@ -69,6 +69,11 @@ def _explain_model(subject: str) -> int:
             print(f"  site   {site.place}: {site.rule}")
         for item in match.evidence:
             print(f"  because {item.role}\n    {item.place}: {item.place.text.strip()}")
+    if plan.assumptions:
+        print("\ntoken independence is proved, given that")
+    for assumption in plan.assumptions:
+        at = f"\n    {assumption.place}" if assumption.place is not None else ""
+        print(f"  {assumption.text}{at}")
     told = [d for refusal in plan.refusals for d in refusal.diagnostics]
     for diagnostic in dict.fromkeys((*told, *plan.notes)):
         print(f"\n{render(diagnostic)}")

@@ -355,7 +355,7 @@ def _either(one: Hashable, two: Hashable) -> Hashable:
     found: set[Hashable] = set()
     for key in (one, two):
         several = isinstance(key, tuple) and key[:1] == ("or",)
-        found |= key[1] if several else {key}  # type: ignore[index,operator]
+        found |= key[1] if several else {key}  # type: ignore[index]
     return ("or", frozenset(found)) if len(found) <= 4 else None
 
 

@@ -396,7 +396,7 @@ class Interpreter:
     def instantiate(self, cls: ClassValue, args: Sequence[Value], more: dict[str, Value]) -> Value:
         lineage = self.lineage(cls)
         names = [c.name for c in lineage if isinstance(c, Library)]
-        if any(isinstance(c, ClassValue) and c.name == "BaseModelArgs" for c in lineage):
+        if any(isinstance(c, ClassValue) and c.qualified in _CONFIGS for c in lineage):
             if any(map(is_live, (*args, *more.values()))):
                 raise Refused("unknown-operation", "a config made from tokens")
             return Constant(("config", cls.qualified))
@@ -455,8 +455,7 @@ class Interpreter:
         if layer.cls is not None:
             found = self.member(layer.cls, "__call__")
             if found is not None and isinstance(found[1], Function):
-                owner, function = found
-                method = self.decorated(function, owner.module, layer, owner)
+                method = self.decorated(found[1], found[0].module, layer, found[0])
                 return self.call(method, args, more)
         return self.call_layer(layer, args, more)
 
@@ -1516,7 +1515,7 @@ class Interpreter:
         if any(map(is_live, pair)):
             return self._unknown_operand()
         if isinstance(left, (Known, Constant)) and isinstance(right, (Known, Constant)):
-            keys = [v.value if isinstance(v, Known) else v.key for v in pair]
+            keys = [v.value if isinstance(v, Known) else v.key for v in (left, right)]
             if None not in keys and _depth(keys) < 4:
                 try:
                     hash(tuple(keys))
@@ -1611,7 +1610,7 @@ class Interpreter:
             return self.contains(left, right, op == "in")
         pair = (left, right)
         if any(isinstance(v, Choice) for v in pair):
-            return self.each(lambda p, _: self.compare(op, *p, key), pair, {})
+            return self.each(lambda p, _: self.compare(op, p[0], p[1], key), pair, {})
         if any(isinstance(v, (Count, CountTest)) for v in pair) and not any(
             isinstance(v, Array) for v in pair
         ):
@@ -2458,6 +2457,7 @@ _ONCE = {
     "per_sequence_model": "once per sequence",
     "per_length": "once for all sequences with equally many rows",
 }
+_CONFIGS = ("mlx_lm.models.base.BaseModelArgs", "mlx_vlm.models.base.BaseModelConfig")
 _CACHED = ("functools.lru_cache", "functools.cache", "functools.cached_property")
 _PASSED = ("functools.wraps", "copy.copy", "copy.deepcopy", "functools.lru_cache")
 _NO_ARRAYS = ("finfo", "iinfo", "distributed", "metal", "default_device", "fast", "issubdtype")

@@ -133,6 +133,7 @@ def live(value: Value) -> bool:
 
 # --------------------------------------------------------------------------- elementwise
 
+_ARITHMETIC = ("+", "-", "*", "/", "//", "%", "**")
 ELEMENTWISE = (
     "abs add arccos arccosh arcsin arcsinh arctan arctan2 arctanh bitwise_and bitwise_invert "
     "bitwise_or bitwise_xor ceil clip conj conjugate cos cosh degrees divide divmod equal erf "
@@ -515,9 +516,8 @@ def array_(c: Context, value: Value, *rest: Value, **more: Value) -> Value:
     if isinstance(value, Array):
         return value
     if isinstance(value, (Known, Constant)):
-        number = isinstance(value, Known) or (
-            isinstance(value.key, tuple) and value.key[0] in "*/+-**//"
-        )
+        key = value.key if isinstance(value, Constant) else None
+        number = isinstance(value, Known) or (isinstance(key, tuple) and key[0] in _ARITHMETIC)
         return Array(()) if number else PARAMETER
     if is_live(value):
         raise Refused("token-count", "an array is made from numbers of tokens")

@@ -108,14 +108,12 @@ def broadcast(arrays: Sequence[Array]) -> Array:
         shaped = known
     if any(a.open for a in shaped):
         return _broadcast_open(shaped, arrays)
-    known = [a.axes for a in arrays if a.axes is not None and not a.open]
-    rank = max(map(len, known))
-    live = max(len(a.axes or ()) for a in shaped)
+    shapes = [a.axes for a in arrays if a.axes is not None and not a.open]
+    rank = max(map(len, shapes))
     result: list[Axis] = [()] * rank
-    for axes in known:
+    for axes in shapes:
         for offset in range(1, len(axes) + 1):
             result[rank - offset] = combine(result[rank - offset], axes[len(axes) - offset])
-    del live
     return distinct(Array(tuple(result)))
 
 
@@ -159,10 +157,11 @@ def distinct(x: Array) -> Array:
 
 def size_key(value: Value) -> Hashable:
     match value:
-        case Known(value=number):
-            return number
-        case Constant(key=key):
+        case Known():
+            key: Hashable = value.value
             return key
+        case Constant():
+            return value.key
     return None
 
 

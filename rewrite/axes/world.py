@@ -82,9 +82,9 @@ def _bind(body: tuple[Stmt, ...], text: Text, *, outermost: bool) -> None:
             case Class() | Function():
                 add(statement.name, statement)
             case Assign(targets=targets, value=value) if value is not None:
-                for target in targets:
-                    if target.op == "name":
-                        add(target.data, value)
+                for place_ in targets:
+                    if place_.op == "name":
+                        add(place_.data, value)
             case If(body=one, orelse=two):
                 _bind(one, text, outermost=False)
                 _bind(two, text, outermost=False)
