@@ -29,6 +29,9 @@ def fetched_flow(mixer: Mixer, method: Method, consumers: Iterable[Value] = ()) 
 
 def attend_sites(mixer: Mixer, method: Method, found: Flow, kind: str) -> Sites | Miss:
     """The fused attention calls of a method, each reading what flows from a fetch."""
+    narrow = next((call for call in found.casts if not _widens(mixer, call)), None)
+    if narrow is not None:
+        return Miss(kind, 3, "fetched keys keep their precision", mixer.place(narrow))
     edits: list[Edit] = [_drop_cast(mixer, call, kind) for call in found.casts]
     evidence: list[Evidence] = []
     sites: list[Site] = []
@@ -87,6 +90,14 @@ def is_plain_mask(mask: Value) -> bool:
     if mask.op in ("loop", "carried"):
         return all(is_plain_mask(part) for part in mask.args)
     return mask.op == "call" and mask.args[0].op == "global"
+
+
+def _widens(mixer: Mixer, cast: Value) -> bool:
+    """A cast to float32, or to the type of something else in the computation."""
+    target = cast.args[1] if len(cast.args) == 2 else None
+    if target is None or target.op != "global":
+        return target is not None and target.op in ("attr", "item", "index", "phi")
+    return mixer.program.resolve(target.data) == "mlx.core.float32"
 
 
 def _drop_cast(mixer: Mixer, call: Value, kind: str) -> Edit:

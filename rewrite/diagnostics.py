@@ -13,7 +13,6 @@ SLUGS: dict[str, str] = {
     "two-kinds": "more than one kind takes the class; this is a bug in mlxrewrite",
     "cache-class": "the model makes caches of a class the runtime does not know",
     "cache-use": "a cache is used in a way a paged cache cannot answer",
-    "no-entry": "the file has no class `Model` with a forward method",
     "uncached-attention": "attention without a cache outside a recognised site",
     "state-on-self": "the forward method keeps state on the model",
     "rewritten-twice": "two edits overlap; this is a bug in mlxrewrite",

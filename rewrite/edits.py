@@ -22,7 +22,10 @@ def site_comment(source: Source, effect: Effect | Span, text: str, rule: str) ->
 
 
 def rename_callee(source: Source, call: Value, name: str, rule: str) -> Edit:
-    return replace(source, call.args[0].span, name, rule)
+    """Call something else. The callee's value may have been bound elsewhere, under another name:
+    what is replaced is the text at the call."""
+    span = call.syntax.args[0].span if call.syntax is not None else call.args[0].span
+    return replace(source, span, name, rule)
 
 
 def argument_text(source: Source, call: Value, position: int) -> str:

@@ -55,7 +55,11 @@ class Compiler:
         reached = self.closure(name)
         planned = self.plan(module)
         inputs = tuple(sorted((m.source.module, m.source.sha256) for m in reached))
-        emitted = emit(module, planned, self.package.upstream, inputs)
+        try:
+            emitted = emit(module, planned, self.package.upstream, inputs)
+        except ValueError as problem:
+            where = f"{module.source.path}: {problem}"
+            return Compiled(name, None, (error("rewritten-twice", where, act="compiler"),), inputs)
         problems = verify(module, planned, emitted)
         return Compiled(name, emitted if not problems else None, problems, inputs)
 

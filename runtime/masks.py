@@ -31,6 +31,7 @@ class MaskSpec(Opaque):
     return_array: bool = False
     kind: Literal["attention", "sequence"] = "attention"
     path: tuple[int, ...] = ()
+    floating: bool = False  # made without a cache: it does not know where its rows stand
 
     _rule: ClassVar[str] = (
         "a mask of a paged batch is not an array: only `paged_attention` and mixers that run once "
@@ -51,6 +52,12 @@ def seen_through(mask: Any, retention: Retention, name: str) -> tuple[int | None
     if mask.prefix is not None:
         raise TypeError(f"{name}: no op attends in both directions inside a prefix yet")
     window, chunk = mask.window, mask.chunk
+    bounded = (window, retention.window, retention.chunk) != (None, None, None)
+    if mask.floating and (bounded or mask.return_array):
+        raise TypeError(
+            f"{name}: a mask made without a cache counts positions from the start of each chunk; "
+            "make it with the cache of the layer that it is for"
+        )
     # The mask says what the layer asks for, the cache what is kept: upstream can see no more.
     if retention.window is not None:
         window = retention.window if window is None else min(window, retention.window)

@@ -10,6 +10,7 @@ from ..heads import last_rows_edit
 from ..ir import ClassFacts, Diagnostic, Edit, Import, Match, ModuleFacts, Plan, Refusal, Verdict
 from ..languages import contract, language_reasons, unsuitable
 from ..match import place
+from ..outliving import outliving, outliving_in
 from ..program import Program
 from ..sources import MODEL
 from .facts import absolute_module
@@ -103,6 +104,10 @@ def plan(
     ]
     if own.mode == "none":
         return Plan(name, "none", (), tuple(refusals), own.reasons, ())
+    kept = _kept_state(program, own, matches)
+    if kept:
+        refusal = Refusal(own.entry.qualified if own.entry is not None else name, kept)
+        return Plan(name, "refused", (), (*refusals, refusal), own.reasons, ())
     facts = contract(program, own.entry) if in_place and own.entry is not None else None
     if own.mode == "model" and in_place:
         return Plan(name, "model", (), tuple(refusals), own.reasons, (), facts)
@@ -158,6 +163,17 @@ def _whole_model_plan(
         refusal = Refusal(entry.qualified, (Diagnostic("sibling", message, where),))
         return Plan(name, "refused", (), (*refusals, refusal), notes, ())
     return Plan(name, "model", (), tuple(refusals), notes, _sorted(edits))
+
+
+def _kept_state(program: Program, own: Verdict, matches: Iterable[Match]) -> tuple[Diagnostic, ...]:
+    """State outside caches, where original code runs for one sequence after another."""
+    if own.mode == "model":
+        modules = [m for name, m in program.modules.items() if name not in _CACHE_MODULES]
+        found = list(outliving(program, modules))
+    else:
+        classes = [program.class_of(name) for name in sorted(_undriven_classes(matches))]
+        found = [d for cls in classes if cls is not None for d in outliving_in(program, cls)]
+    return tuple(_unique(found))
 
 
 def _inherits_paged_forward(

@@ -1,0 +1,343 @@
+"""State that outlives a call of the model and is in no cache.
+
+The whole model, or a mixer, may run once per sequence; what such code leaves on the model, on a
+module or in a closure would go from one sequence to another. Upstream runs one sequence at a time
+and never sees that, so it is refused here, on the syntax: every store in a function that a forward
+pass may run is followed to the name it starts from. What is computed once from weights and kept
+(`self._scaled = self.weight + 1`) holds nothing of a sequence, and stays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+from .ir import (
+    Assign,
+    AugAssign,
+    Class,
+    ClassFacts,
+    Diagnostic,
+    Expr,
+    For,
+    Function,
+    If,
+    Import,
+    ModuleFacts,
+    Simple,
+    Source,
+    Span,
+)
+from .match import place
+from .program import Program
+
+# Run before a forward pass, or between passes.
+_BEFORE = frozenset(
+    {
+        "__init__", "__post_init__", "__init_subclass__", "sanitize", "shard", "make_cache",
+        "pipeline", "from_dict", "to_quantized", "load_weights", "set_dtype", "freeze",
+    }
+)  # fmt: skip
+_CHANGES = frozenset(
+    {
+        "append", "extend", "insert", "pop", "popitem", "clear", "update", "setdefault", "add",
+        "remove", "discard", "appendleft", "popleft", "rotate", "sort", "reverse", "send",
+        "__setitem__", "__setattr__", "__delitem__", "__delattr__", "__next__", "put", "set",
+    }
+)  # fmt: skip
+_REACHING = frozenset({"type", "globals", "vars", "locals", "super", "__import__"})
+_SETTERS = frozenset({"setattr", "delattr", "next"})
+
+
+def outliving(program: Program, modules: list[ModuleFacts]) -> Iterator[Diagnostic]:
+    """Where the functions of modules leave something that the next call finds."""
+    before = _before(modules)
+    for module in modules:
+        for statement in module.module.body:
+            yield from _definition(program, module, statement, before)
+
+
+def outliving_in(program: Program, cls: ClassFacts) -> Iterator[Diagnostic]:
+    """Where the methods of one class do."""
+    yield from _definition(program, program.modules[cls.module], cls.syntax, _BEFORE)
+
+
+def _before(modules: list[ModuleFacts]) -> frozenset[str]:
+    """Names of functions that are mentioned only by what runs before a forward pass."""
+    mentions: dict[str, set[str]] = {}  # name -> names of the functions that mention it
+    functions: set[str] = set()
+    for module in modules:
+        stack: list[tuple[object, str]] = [(part, "") for part in module.module.body]
+        while stack:
+            node, inside = stack.pop()
+            if isinstance(node, Function):
+                functions.add(node.name)
+                inside = inside or node.name
+            elif isinstance(node, Expr) and node.op in ("name", "attr"):
+                mentions.setdefault(node.data, set()).add(inside)
+            elif isinstance(node, Expr) and node.op == "const" and isinstance(node.data, str):
+                mentions.setdefault(node.data, set()).add(inside)  # getattr
+            stack += [(part, inside) for part in _parts(node)]
+    before = set(_BEFORE)
+    while True:
+        more = {
+            name
+            for name in functions - before
+            if not name.startswith("__") and mentions.get(name) and mentions[name] <= before
+        }
+        if not more:
+            return frozenset(before)
+        before |= more
+
+
+def _definition(
+    program: Program, module: ModuleFacts, node: object, before: frozenset[str]
+) -> Iterator[Diagnostic]:
+    if isinstance(node, Function):
+        if node.name not in before:
+            yield from _function(module, node, None)
+    elif isinstance(node, Class):
+        facts = module.classes.get(node.name)
+        layer = facts is not None and facts.syntax is node and _is_layer(program, facts)
+        for part in node.body:
+            if isinstance(part, Function) and part.name not in before:
+                this = part.parameters[0].name if part.parameters and layer else None
+                yield from _function(module, part, this)
+    elif dataclasses.is_dataclass(node) and not isinstance(node, (Expr, Source, Span)):
+        for inner in _parts(node):
+            if isinstance(inner, (Function, Class)):
+                yield from _definition(program, module, inner, before)
+
+
+def _is_layer(program: Program, cls: ClassFacts) -> bool:
+    """A module of the model: what it holds lives as long as the model. Caches are other classes."""
+    for owner in program.lineage(cls):
+        for base in owner.bases:
+            if base.op == "global" and program.resolve(base.data).startswith("mlx.nn."):
+                return True
+    return False
+
+
+def _function(
+    module: ModuleFacts,
+    function: Function,
+    this: str | None,
+    around: frozenset[str] = frozenset(),  # what functions around it bind, `self` left out
+) -> Iterator[Diagnostic]:
+    nodes = list(_own(function))
+    shared = {
+        name
+        for node in nodes
+        if isinstance(node, Simple) and node.keyword in ("global", "nonlocal")
+        for part in node.args
+        for name in [part.data]
+    }
+    bound = {p.name for p in function.parameters} | set(_bound(nodes))
+    lasting = {this} if this is not None else set()
+    lasting |= {
+        p.name for p in function.parameters if p.default is not None and _mutable(p.default)
+    }
+    local = bound - shared - lasting
+    aliases = _aliases(nodes, lambda name: name in lasting or name not in local)
+    lasting |= aliases
+
+    def outlives(expr: Expr) -> bool:
+        root = _root(expr)
+        if root is None:
+            return False
+        if root.op == "call":
+            return root.args[0].op == "name" and root.args[0].data in _REACHING
+        return root.data in lasting or root.data not in local
+
+    def told(expr: Expr, what: str) -> Diagnostic:
+        text = module.source.text(expr.span).split("\n")[0]
+        return Diagnostic(
+            "state-on-self",
+            f"`{function.name}` leaves something in `{text[:60]}` for its next call",
+            place(module.source, expr.span),
+            what,
+            "state in a cache: cache[i] = ...",
+            act="source",
+        )
+
+    kept = _computed_once(nodes, function, this, around)
+    for node in nodes:
+        if isinstance(node, (Simple,)) and node.keyword in ("global", "nonlocal"):
+            where = place(module.source, node.span)
+            message = f"`{function.name}` sets a {node.keyword} name"
+            label = "the next sequence would find it"
+            yield Diagnostic("state-on-self", message, where, label, act="source")
+        for target in _targets(node):
+            if target.op in ("attr", "subscript") and outlives(target) and id(node) not in kept:
+                yield told(target, "this lives as long as the model, not as long as a sequence")
+        if isinstance(node, Expr) and node.op == "call":
+            callee = node.args[0]
+            if callee.op == "attr" and callee.data in _CHANGES and outlives(callee.args[0]):
+                if not _is_library(module, callee):
+                    yield told(callee, "this changes what lives as long as the model")
+            if callee.op == "name" and callee.data in _SETTERS and len(node.args) > 1:
+                if callee.data not in local and outlives(node.args[1]):
+                    yield told(node, "this changes what lives as long as the model")
+    for node in nodes:
+        if isinstance(node, (Function, Class)):
+            for part in (node,) if isinstance(node, Function) else node.body:
+                if isinstance(part, Function):
+                    yield from _function(module, part, None, around | (bound - {this}))
+
+
+def _computed_once(
+    nodes: list[object], function: Function, this: str | None, around: frozenset[str]
+) -> set[int]:
+    """Assignments that keep what has nothing of this call in it, and change nothing else."""
+    given = {p.name for p in function.parameters if p.name != this} | around
+    for _ in range(3):
+        for node in nodes:
+            if isinstance(node, (Assign, AugAssign, For)):
+                source = node.iterable if isinstance(node, For) else node.value
+                if source is not None and given & _read(source):
+                    given |= {name for target in _targets(node) for name in _names(target)}
+    found = set()
+    for node in nodes:
+        if not isinstance(node, Assign) or node.value is None or node.value.op == "const":
+            continue
+        attributes = {t.data for t in _targets(node) if t.op == "attr"}
+        again = any(
+            isinstance(part, Expr) and part.op in ("attr", "const") and part.data in attributes
+            for part in _below(node.value)
+        )
+        callee = node.value.args[0] if node.value.op == "call" else None
+        if callee is not None and callee.op == "attr" and callee.data == "clip":
+            again = False  # of what was clipped before: the same
+        plain = all(t.op in ("attr", "name") for t in _targets(node))
+        if plain and attributes and not again and not given & _read(node.value):
+            found.add(id(node))
+    for node in nodes:
+        if isinstance(node, If) and any(id(part) in found for part in node.body):
+            quiet = all(
+                isinstance(part, Assign)
+                and not any(given & set(_names(target)) for target in part.targets)
+                for part in node.body
+            )
+            if not quiet:
+                found -= {id(part) for part in node.body}
+    return found
+
+
+def _read(expr: Expr) -> set[str]:
+    return {e.data for e in _below(expr) if isinstance(e, Expr) and e.op == "name"}
+
+
+def _below(node: object) -> Iterator[object]:
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        yield current
+        stack.extend(_parts(current))
+
+
+def _is_library(module: ModuleFacts, callee: Expr) -> bool:
+    """`mx.something.set(...)`: a name that is an imported module, not a container."""
+    root = _root(callee)
+    if root is None or root.op != "name":
+        return False
+    imported = {s.alias for s in module.imports if s.alias is not None}
+    return root.data in imported
+
+
+def _own(function: Function) -> Iterator[object]:
+    """Every node of a function's body; of nested functions and classes only themselves."""
+    stack: list[object] = list(reversed(function.body))
+    while stack:
+        node = stack.pop()
+        yield node
+        if not isinstance(node, (Function, Class)):
+            stack.extend(reversed(list(_parts(node))))
+
+
+def _parts(node: object) -> Iterator[object]:
+    """The syntax nodes right below a node."""
+    if isinstance(node, tuple) and not isinstance(node, Span):
+        for item in node:
+            if isinstance(item, tuple) or dataclasses.is_dataclass(item):
+                yield from _parts(item) if isinstance(item, tuple) else (item,)
+    elif dataclasses.is_dataclass(node):
+        for field in dataclasses.fields(node):
+            value = getattr(node, field.name)
+            if isinstance(value, (Source, Span)):
+                continue
+            if isinstance(value, tuple):
+                yield from _parts(value)
+            elif dataclasses.is_dataclass(value):
+                yield value
+
+
+def _targets(node: object) -> Iterator[Expr]:
+    found: tuple[Expr, ...] = ()
+    if isinstance(node, Assign):
+        found = node.targets
+    elif isinstance(node, (AugAssign, For)):
+        found = (node.target,)
+    elif isinstance(node, Simple) and node.keyword in ("del", "delete"):
+        found = node.args
+    stack = list(found)
+    while stack:
+        target = stack.pop()
+        if target.op in ("tuple", "list", "star"):
+            stack.extend(target.args)
+        else:
+            yield target
+
+
+def _bound(nodes: list[object]) -> Iterator[str]:
+    """Names that a function binds itself."""
+    for node in nodes:
+        for target in _targets(node):
+            if target.op == "name":
+                yield target.data
+        if isinstance(node, (Function, Class)):
+            yield node.name
+        if isinstance(node, Import):
+            yield from (local for local, _ in node.names)
+            if node.alias is not None:
+                yield node.alias.split(".")[0]
+        if isinstance(node, Expr) and node.op == "walrus" and node.args[0].op == "name":
+            yield node.args[0].data
+        if isinstance(node, Expr) and node.op == "comp":
+            for generator in node.data.generators:
+                yield from _names(generator.target)
+        if isinstance(node, Expr) and node.op == "lambda":
+            yield from (parameter.name for parameter in node.data)
+
+
+def _names(target: Expr) -> Iterator[str]:
+    if target.op == "name":
+        yield target.data
+    elif target.op in ("tuple", "list", "star"):
+        for part in target.args:
+            yield from _names(part)
+
+
+def _aliases(nodes: list[object], lasts: object) -> set[str]:
+    """Locals that stand for something lasting: `me = self`, `kept = self.table`."""
+    assert callable(lasts)
+    found: set[str] = set()
+    for _ in range(3):
+        for node in nodes:
+            if not isinstance(node, Assign) or node.value is None:
+                continue
+            root = _root(node.value)
+            if root is None or root.op != "name" or not (lasts(root.data) or root.data in found):
+                continue
+            found |= {t.data for t in node.targets if t.op == "name"}
+    return found
+
+
+def _root(expr: Expr) -> Expr | None:
+    """The name, or the call, that a chain of attributes and items starts from."""
+    while expr.op in ("attr", "subscript"):
+        expr = expr.args[0]
+    return expr if expr.op in ("name", "call") else None
+
+
+def _mutable(default: Expr) -> bool:
+    return default.op in ("list", "dict", "set", "comp", "call")

@@ -1,0 +1,108 @@
+"""Mutants of mlx_lm's files are kept right or refused: a sample, and every miss ever found."""
+
+from __future__ import annotations
+
+import random
+import sys
+import types
+from functools import cache
+
+import pytest
+from mutation.corpus import config_of, mutants
+from mutation.judge import BUG, INVALID, KEPT, MODEL, REFUSED, SILENT, Judge, Verdict
+from mutation.operators import all_operators
+from mutation.report import Row, summary
+from mutation.source import File
+from mutation.worlds import Library
+
+# One file of each structure: plain, handwritten softmax, latent, windows, packed, states, experts.
+FILES = (
+    "llama", "gemma2", "deepseek_v3", "cohere2", "gpt2", "mamba2", "qwen3_next", "mixtral",
+    "stablelm", "lfm2", "gpt_oss", "minicpm3", "starcoder2", "gemma3_text", "plamo", "olmoe",
+    "rwkv7", "phi3", "llama4_text", "nanochat",
+)  # fmt: skip
+EACH = 5
+
+
+@cache
+def library() -> Library:
+    import mlx.core as mx
+
+    mx.disable_compile()  # on the CPU it costs a compiler run for every function and shape
+    sys.modules.setdefault("hf_olmo", types.ModuleType("hf_olmo"))
+    return Library()
+
+
+@cache
+def judge(config: str) -> Judge:
+    name = config.split("@", maxsplit=1)[0]
+    return Judge(library(), name, config_of(config))
+
+
+def verdicts(config: str, operator: str) -> list[Verdict]:
+    """What becomes of each mutant of a file by an operator."""
+    file = File(config.split("@", maxsplit=1)[0], library().text(config.split("@", maxsplit=1)[0]))
+    found = [
+        judge(config).of(mutant.texts(file)) for mutant in mutants(library(), config, (operator,))
+    ]
+    assert found, f"{operator} changes nothing in {config}"
+    return found
+
+
+def sample(config: str, count: int, seed: int) -> list[Row]:
+    name = config.split("@", maxsplit=1)[0]
+    file = File(name, library().text(name))
+    chosen = list(mutants(library(), config, each=1, seed=seed))
+    chosen = random.Random(f"{seed} {config}").sample(chosen, count)
+    return [Row.of(mutant, judge(config).of(mutant.texts(file)), file) for mutant in chosen]
+
+
+def holds(rows: list[Row]) -> None:
+    wrong = [row.text() for row in rows if row.outcome in (SILENT, BUG)]
+    assert not wrong, "\n\n".join(wrong)
+    assert any(row.outcome != INVALID for row in rows), summary(rows)
+
+
+def test_there_are_enough_operators():
+    assert len(all_operators()) >= 40
+    assert len({operator.family for operator in all_operators().values()}) >= 8
+
+
+def test_an_unchanged_file_is_kept():
+    name = "llama"
+    assert judge(name).of({name: library().text(name)}).outcome == KEPT
+
+
+def test_the_judge_sees_a_difference(monkeypatch):
+    """The judge can fail: a rewritten model with another scale is told apart."""
+    name = "llama"
+    text = library().text(name)
+    right = Judge._rewritten
+
+    def wrong(self, rewritten, weights):
+        everything, last = right(self, rewritten, weights)
+        everything[0][-1, 0] += 0.01
+        return everything, last
+
+    monkeypatch.setattr(Judge, "_rewritten", wrong)
+    assert judge(name).of({name: text}).outcome == SILENT
+
+
+# ------------------------------------------------------------------ misses, each found by a run
+
+
+def never_wrong(config: str, operator: str, *outcomes: str) -> None:
+    """Every mutant of the file by the operator has one of the outcomes."""
+    for verdict in verdicts(config, operator):
+        assert verdict.outcome in (*outcomes, INVALID), verdict
+
+
+@pytest.mark.parametrize("operator", ["values-cast", "keys-cast-brain", "everything-cast"])
+def test_a_cast_to_fewer_bits_is_not_dropped(operator):
+    never_wrong("llama", operator, MODEL)
+
+
+def test_a_callee_bound_elsewhere_is_replaced_where_it_is_called():
+    never_wrong("llama", "import-inside", KEPT)
+    never_wrong("gpt2", "import-inside", KEPT)
+    assert REFUSED  # the outcome exists
