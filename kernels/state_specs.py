@@ -76,3 +76,26 @@ def state_step_spec(
         per_channel=per_channel,
         delta=delta,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class DepthwiseSpec(KernelSpec):
+    """A depthwise convolution; a thread slides along `rows` tokens of one channel."""
+
+    template: ClassVar[str] = "depthwise"
+
+    rows_dtype: str
+    channels: int
+    taps: int
+    rows: int
+    simdgroups: int
+    bias: bool
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        offsets = ("offsets",) if self.bias else ()
+        return ("windows", "weights", *offsets, "sizes")
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return ("output",)

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 from .batchwise import joins_sequences
-from .edits import decorate, rename_callee, site_comment
+from .edits import add_argument, decorate, rename_callee, replace, site_comment
 from .ir import Edit, Effect, Evidence, Match, Miss, Site
 from .match import Mixer, callee_name
 from .per_sequence import per_sequence
 
 SITE = "per_length"
+CONVOLUTION = "mlx.nn.Conv1d"
 
 
-def recurrence_sites(
-    mixer: Mixer, calls: Iterable[Effect], name: str, op: str, kind: str
-) -> tuple[tuple[Site, ...], tuple[Edit, ...], tuple[str, ...]]:
-    """Sites, edits and imports where a library's recurrence becomes an op of ours.
+@dataclass(frozen=True, slots=True)
+class Ops:
+    """Calls that become ops of ours."""
+
+    sites: tuple[Site, ...] = ()
+    edits: tuple[Edit, ...] = ()
+    imports: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.sites)
+
+
+def recurrences(mixer: Mixer, calls: Iterable[Effect], name: str, op: str, kind: str) -> Ops:
+    """A library's recurrence becomes an op that takes the same arguments.
 
     `name` is the library's function; calls of others, and calls with unpacked arguments, stay.
     """
@@ -30,7 +42,43 @@ def recurrence_sites(
         edits.append(site_comment(mixer.source, effect, text, kind))
         edits.append(rename_callee(mixer.source, call, op, kind))
         sites.append(Site(op, mixer.place(call)))
-    return tuple(sites), tuple(edits), (op,) if edits else ()
+    return Ops(tuple(sites), tuple(edits), (op,) if sites else ())
+
+
+def convolutions(mixer: Mixer, kind: str) -> Ops:
+    """`conv(x)`, where conv is a convolution that __init__ made, becomes an op.
+
+    The op asks the module whether it has a form for it, and calls the module if it has none.
+    """
+    sites: list[Site] = []
+    edits: list[Edit] = []
+    for effect in (*mixer.attribute_calls(CONVOLUTION), *_handed_convolutions(mixer)):
+        call = effect.value
+        if len(call.args) != 2 or call.data != (None,):
+            continue
+        assert call.syntax is not None
+        callee = call.syntax.args[0].span  # not the value's: that of a parameter is where it stands
+        text = f"{kind} has a convolution that needs no plan for each shape"
+        edits.append(site_comment(mixer.source, effect, text, kind))
+        edits.append(replace(mixer.source, callee, "convolve", kind))
+        edits.append(add_argument(call, mixer.source.text(callee), kind))
+        sites.append(Site("convolve", mixer.place(call)))
+    return Ops(tuple(sites), tuple(edits), ("convolve",) if sites else ())
+
+
+def _handed_convolutions(mixer: Mixer) -> Iterator[Effect]:
+    """Calls of a parameter of a method that the class hands a convolution to."""
+    handed = any(
+        mixer._is_made_by(argument, {CONVOLUTION})
+        for method in mixer.methods
+        for effect in method.calls()
+        for argument in effect.value.args[1:]
+    )
+    for method in mixer.methods if handed else ():
+        for effect in method.calls():
+            callee = effect.value.args[0]
+            if callee.op == "param" and any(callee is param for param in method.params[1:]):
+                yield effect
 
 
 def per_length(
@@ -38,15 +86,12 @@ def per_length(
     kind: str,
     evidence: Iterable[Evidence],
     features: Iterable[str] = (),
-    *,
-    sites: Iterable[Site] = (),
-    edits: Iterable[Edit] = (),
-    imports: Iterable[str] = (),
+    ops: Ops | None = None,
 ) -> Match | Miss:
     """Have the class's own `__call__` run once for each number of rows that sequences have.
 
-    If it may do something across sequences, once per sequence instead. With `edits` of recurrences
-    into ops the route is "kernel", else "gathered".
+    If it may do something across sequences, once per sequence instead. With `ops`, which must be
+    all that mixes tokens beside convolutions, the route is "kernel", else "gathered".
     """
     method = mixer.cls.methods.get("__call__")
     if method is None:
@@ -59,14 +104,16 @@ def per_length(
         decorate(mixer.source, method, "per_length", kind),
     )
     site = Site(SITE, mixer.place(method.function.name_span))
-    found = tuple(edits)
+    replaced, more = ops or Ops(), convolutions(mixer, kind)
+    if replaced.imports == more.imports:  # the kind is its convolutions
+        more = Ops()
     return Match(
         kind,
-        "kernel" if found else "gathered",
+        "kernel" if replaced else "gathered",
         mixer.cls.qualified,
         tuple(sorted(features)),
         tuple(evidence),
-        (site, *sites),
-        (*own, *found),
-        ("per_length", *imports),
+        (site, *replaced.sites, *more.sites),
+        (*own, *replaced.edits, *more.edits),
+        ("per_length", *replaced.imports, *more.imports),
     )

@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
-import mlx.core as mx
-from mlxrewrite.kernels import delta, linear
+from typing import Any
 
-__all__ = ["delta_rule", "state_space_dual"]
+import mlx.core as mx
+from mlx import nn
+from mlxrewrite.kernels import delta, linear
+from mlxrewrite.kernels.depthwise import MOST_TAPS, depthwise
+
+__all__ = ["convolve", "delta_rule", "state_space_dual"]
+
+
+def convolve(x: mx.array, module: Any) -> mx.array:
+    """`module(x)`, where depthwise convolutions of a few taps take a form made for ragged batches.
+
+    x [N, K - 1 + L, C] -> [N, L, C] for these; everything else is the module's own forward.
+    """
+    if type(module) is not nn.Conv1d or x.ndim != 3:
+        return module(x)  # type: ignore[no-any-return]
+    weight = module.weight
+    plain = (module.stride, module.padding, module.dilation) == (1, 0, 1)
+    depth = weight.shape[2] == 1 and module.groups == weight.shape[0] == x.shape[2]
+    if not (plain and depth and weight.shape[1] <= min(MOST_TAPS, x.shape[1])):
+        return module(x)  # type: ignore[no-any-return]
+    return depthwise(x, weight, module.bias if "bias" in module else None)
 
 
 def delta_rule(

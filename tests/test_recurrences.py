@@ -9,13 +9,14 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx import nn
 from mlx_lm.models.gated_delta import gated_delta_update
 from mlx_lm.models.ssm import ssm_update
-from mlxrewrite.kernels import delta, launch, linear, state_step, triangles
+from mlxrewrite.kernels import delta, depthwise, launch, linear, state_step, triangles
 from mlxrewrite.kernels.dialects.cpu import KernelError
 from mlxrewrite.kernels.render import render
 from mlxrewrite.kernels.state_specs import state_step_spec, supports
-from mlxrewrite.runtime.recurrences import delta_rule, state_space_dual
+from mlxrewrite.runtime.recurrences import convolve, delta_rule, state_space_dual
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 TOLERANCE = {"float32": 2e-6, "float16": 1e-3, "bfloat16": 6e-3}
@@ -283,3 +284,54 @@ def test_the_benchmark_runs():
     rows = benchmark["measure"](tiny=True, rounds=1)
     assert len(rows) == 6 and all(row.ours > 0 and row.theirs > 0 for row in rows)
     assert "copy" in benchmark["table"](rows)
+
+
+# ---------------------------------------------------------------------------- convolutions
+
+
+@pytest.mark.parametrize("length", [1, 3, 40])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_depthwise_convolutions_are_mlx_s(length, bias, dtype):
+    mx.random.seed(2)
+    module = nn.Conv1d(70, 70, 4, groups=70, bias=bias)
+    module.set_dtype(DTYPES[dtype])
+    x = mx.random.normal((2, length + 3, 70)).astype(DTYPES[dtype])
+    wide = nn.Conv1d(70, 70, 4, groups=70, bias=bias)
+    wide.update(module.parameters())
+    wide.set_dtype(mx.float32)
+    want = np.array(wide(x.astype(mx.float32))).astype(np.float64)
+    plain = convolve(x, module)
+    with launch.backend("runner"):
+        kernel = convolve(x, module)
+        mx.eval(kernel)
+    for got in (plain, kernel):
+        assert got.dtype == x.dtype and error(got, want) < TOLERANCE[dtype]
+
+
+def test_the_sizes_of_a_convolution_cover_every_token(monkeypatch):
+    """One row less in the text of the kernel, and the comparison above would fail."""
+    module = nn.Conv1d(32, 32, 4, groups=32)
+    x = mx.random.normal((1, 20, 32))
+    make = depthwise.render
+
+    def wrong(spec):
+        kernel = make(spec)
+        return replace(kernel, source=kernel.source.replace("row + TAPS - 1)", "row + TAPS - 2)"),
+                       _made={})  # fmt: skip
+
+    monkeypatch.setattr(depthwise, "render", wrong)
+    with launch.backend("runner"):
+        assert not mx.allclose(convolve(x, module), module(x), atol=1e-3)
+
+
+def test_other_convolutions_are_called_as_they_are():
+    x = mx.random.normal((1, 9, 8))
+    for module in (
+        nn.Conv1d(8, 8, 4),
+        nn.Conv1d(8, 8, 4, groups=8, padding=3),
+        nn.Conv1d(8, 8, 4, groups=8, stride=2),
+        nn.Conv1d(8, 8, 3, groups=8, dilation=2),
+        lambda x: 2 * x,
+    ):
+        assert mx.array_equal(convolve(x, module), module(x))

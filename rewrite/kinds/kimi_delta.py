@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from ..ir import Match, Miss
 from ..match import Mixer
-from ..per_length import per_length, recurrence_sites
+from ..per_length import per_length, recurrences
 from ..states import delta_gate_is_per_channel, delta_updates
 from . import Counter, Example
 from .gated_delta import _DELTA
@@ -30,8 +30,8 @@ def match(mixer: Mixer) -> Match | Miss:
         return Miss(NAME, 2, "one gate per key channel", mixer.place(updates[0]))
     evidence = [mixer.evidence("delta rule, gate per channel", effect) for effect in updates]
     evidence += [mixer.evidence("state stored", effect) for effect in mixer.state_stores]
-    sites, edits, imports = recurrence_sites(mixer, updates, _UPDATE, "delta_rule", NAME)
-    return per_length(mixer, NAME, evidence, sites=sites, edits=edits, imports=imports)
+    ops = recurrences(mixer, updates, _UPDATE, "delta_rule", NAME)
+    return per_length(mixer, NAME, evidence, ops=ops)
 
 
 ACCEPTS = (

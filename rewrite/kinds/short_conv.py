@@ -3,14 +3,15 @@
 Matches     a class whose only state is the tail that its convolutions need. LFM2's gated short
             convolution and convolved key-value gates.
 Refuses     a scan beside the convolution (selective_scan, gated_delta, state_space_dual).
-Becomes     the original code, once for all sequences with equally many rows.
+Becomes     the original code, once for all sequences with equally many rows, its convolution an op
+            (`convolve`).
 """
 
 from __future__ import annotations
 
 from ..ir import Match, Miss
 from ..match import Mixer
-from ..per_length import per_length
+from ..per_length import convolutions, per_length
 from ..states import Reach
 from . import Counter, Example
 from .selective_scan import _SCAN
@@ -27,7 +28,7 @@ def match(mixer: Mixer) -> Match | Miss:
     if reach.library_recurrence() or reach.token_loops():
         return Miss(NAME, 2, "no scan beside the convolution")
     evidence = [mixer.evidence("state stored", effect) for effect in mixer.state_stores]
-    return per_length(mixer, NAME, evidence)
+    return per_length(mixer, NAME, evidence, ops=convolutions(mixer, NAME))
 
 
 _CONV = """
@@ -45,5 +46,5 @@ class Mix(nn.Module):
         return self.conv(window)
 """
 
-ACCEPTS = (Example("Mix", _CONV, "gathered"),)
+ACCEPTS = (Example("Mix", _CONV, "kernel"),)
 REJECTS = (Counter("Mix", _SCAN, "selective_scan"),)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from ..ir import Match, Miss
 from ..match import Mixer
-from ..per_length import per_length, recurrence_sites
+from ..per_length import per_length, recurrences
 from . import Counter, Example
 
 NAME = "state_space_dual"
@@ -26,8 +26,8 @@ def match(mixer: Mixer) -> Match | Miss:
         return Miss(NAME, 1, "the state is stored in a cache")
     evidence = [mixer.evidence("state space update", effect) for effect in updates]
     evidence += [mixer.evidence("state stored", effect) for effect in mixer.state_stores]
-    sites, edits, imports = recurrence_sites(mixer, updates, _UPDATE, "state_space_dual", NAME)
-    return per_length(mixer, NAME, evidence, sites=sites, edits=edits, imports=imports)
+    ops = recurrences(mixer, updates, _UPDATE, "state_space_dual", NAME)
+    return per_length(mixer, NAME, evidence, ops=ops)
 
 
 _SSD = """

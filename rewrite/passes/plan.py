@@ -36,6 +36,7 @@ _SITES = "mlxrewrite.runtime.sites"
 _HOMES = {  # where the runtime's names are, if not among the sites
     "initialize_rope": "mlxrewrite.runtime.rope",
     "per_length": "mlxrewrite.runtime.per_length",
+    "convolve": "mlxrewrite.runtime.recurrences",
     "delta_rule": "mlxrewrite.runtime.recurrences",
     "paged_latent_attention": "mlxrewrite.runtime.latents",
     "state_space_dual": "mlxrewrite.runtime.recurrences",
