@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -257,7 +259,65 @@ def test_too_many_threads() -> None:
 def test_one_clear_error_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     from mlxrewrite.kernels.dialects.cpu import toolchain
 
+    monkeypatch.delenv(toolchain.OVERRIDE, raising=False)
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setattr(toolchain.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(toolchain.NoCompilerError, match="pip install ziglang"):
         toolchain.compiler.__wrapped__()
+
+
+@pytest.mark.slow
+def test_processes_share_the_cache(tmp_path: Path) -> None:
+    """Three at once, from an empty folder: all succeed and leave whole files only."""
+    text = (
+        "import mlx.core as mx\n"
+        "from mlxrewrite.kernels.dialects.cpu import metal_kernel\n"
+        "made = metal_kernel('probe', ['a'], ['o'], 'o[thread_position_in_grid.x] = a[0] + 41;')\n"
+        "(o,) = made(inputs=[mx.ones((8,))], grid=(32, 1, 1), threadgroup=(32, 1, 1),\n"
+        "    output_shapes=[(32,)], output_dtypes=[mx.float32])\n"
+        "print(o[31].item())\n"
+    )
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", text],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(3)
+    ]
+    for process in running:
+        out, error = process.communicate(timeout=300)
+        assert out.strip() == "42.0", error
+    made = sorted(path.name for path in (tmp_path / "mlxrewrite" / "kernels").iterdir())
+    assert [name.split("_")[0] + Path(name).suffix for name in made] == [
+        "kernel.cpp",
+        "kernel.so",
+        "runtime.so",
+    ]
+
+
+def test_ziglang_is_used_where_there_is_no_clang(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlxrewrite.kernels.dialects.cpu import toolchain
+
+    if find_spec("ziglang") is None:
+        pytest.skip("needs the `runner` extra")
+    monkeypatch.delenv(toolchain.OVERRIDE, raising=False)
+    monkeypatch.setenv("PATH", "/nowhere")
+    chosen = toolchain.compiler.__wrapped__()
+    assert chosen.zig and chosen.command[:3] == (sys.executable, "-m", "ziglang")
+
+
+def test_the_newest_clang_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from mlxrewrite.kernels.dialects.cpu import toolchain
+
+    monkeypatch.delenv(toolchain.OVERRIDE, raising=False)
+    for name in ("clang++", "clang++-14", "clang++-9", "clang++-19", "g++", "clang++-19.old"):
+        (tmp_path / name).write_text("")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert toolchain.compiler.__wrapped__().command == (str(tmp_path / "clang++-19"),)
+    (tmp_path / "clang++-19").chmod(0o644)
+    assert toolchain.compiler.__wrapped__().command == (str(tmp_path / "clang++-14"),)

@@ -3,7 +3,7 @@ violation. None of them is Metal's compiler; together they see all of these."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import mlx.core as mx
 import pytest
@@ -236,7 +236,23 @@ def described(name: str) -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize("name", list_specs())
+def kinds(names: list[str]) -> list[str]:
+    """One name of each template and set of features."""
+    found: dict[object, str] = {}
+    for name in names:
+        spec = parse(name)
+        flags = [getattr(spec, part.name) for part in fields(spec) if part.type in (bool, "bool")]
+        found.setdefault((spec.template, *flags), name)
+    return list(found.values())
+
+
+KINDS = kinds(list_specs())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in KINDS else pytest.mark.slow) for name in list_specs()],
+)
 def test_rendered_text_is_clean(name: str) -> None:
     found = check(**described(name))  # type: ignore[arg-type]
     assert not found, "\n".join(map(str, found))

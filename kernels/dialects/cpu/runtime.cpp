@@ -140,10 +140,10 @@ void report(const void* address, const char* format, ...) {
     va_end(list);
     if (self && self->current) {
       const Ids& ids = self->current->ids;
-      length += snprintf(
-          message + length, 200, " [threadgroup (%u,%u,%u) thread %u simdgroup %u lane %u]",
-          ids.group_in_grid[0], ids.group_in_grid[1], ids.group_in_grid[2], ids.index,
-          ids.simdgroup, ids.lane);
+      length +=
+          snprintf(message + length, 200,
+                   " [threadgroup (%u,%u,%u) thread %u simdgroup %u lane %u]", ids.group_in_grid[0],
+                   ids.group_in_grid[1], ids.group_in_grid[2], ids.index, ids.simdgroup, ids.lane);
     }
     if (address) {
       length += snprintf(message + length, 60, " @0x%lx", (unsigned long)address);
@@ -269,8 +269,8 @@ void on_fault(int, siginfo_t* information, void* context) {
   const char* p = static_cast<char*>(information->si_addr);
   const void* address = nullptr;
 #if defined(__x86_64__) && defined(__linux__)
-  address = reinterpret_cast<void*>(
-      static_cast<ucontext_t*>(context)->uc_mcontext.gregs[16] + 1);  // REG_RIP
+  address = reinterpret_cast<void*>(static_cast<ucontext_t*>(context)->uc_mcontext.gregs[16] +
+                                    1);  // REG_RIP
 #else
   (void)context;
 #endif
@@ -282,9 +282,9 @@ void on_fault(int, siginfo_t* information, void* context) {
     report(address, "memory fault");
   } else {
     const Buffer& b = w->launch->buffers[i];
-    report(
-        address, "out-of-bounds access (memory fault): byte offset %ld in buffer %d of %lu bytes",
-        (long)(p - b.low), i, (unsigned long)b.bytes);
+    report(address,
+           "out-of-bounds access (memory fault): byte offset %ld in buffer %d of %lu bytes",
+           (long)(p - b.low), i, (unsigned long)b.bytes);
   }
   stop();
 }
@@ -316,9 +316,22 @@ uint16_t to_bfloat(float x) {
   return uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 
-enum Operation { SUM, MAX, MIN, PRODUCT, AND, OR, XOR, SCAN, SCAN_BEFORE, PRODUCTS, PRODUCTS_BEFORE };
+enum Operation {
+  SUM,
+  MAX,
+  MIN,
+  PRODUCT,
+  AND,
+  OR,
+  XOR,
+  SCAN,
+  SCAN_BEFORE,
+  PRODUCTS,
+  PRODUCTS_BEFORE
+};
 
-template <class T> struct Plain {
+template <class T>
+struct Plain {
   static T read(const void* from) {
     T x;
     memcpy(&x, from, sizeof(T));
@@ -330,7 +343,8 @@ template <class T> struct Plain {
   }
   static T round(T x) { return x; }
 };
-template <float (*FROM)(uint16_t), uint16_t (*TO)(float)> struct Narrow {
+template <float (*FROM)(uint16_t), uint16_t (*TO)(float)>
+struct Narrow {
   static float read(const void* from) {
     uint16_t bits;
     memcpy(&bits, from, 2);
@@ -343,10 +357,14 @@ template <float (*FROM)(uint16_t), uint16_t (*TO)(float)> struct Narrow {
   static float bits(float x, float, int) { return x; }
   static float round(float x) { return FROM(TO(x)); }
 };
-template <> float Plain<float>::bits(float x, float, int) { return x; }
+template <>
+float Plain<float>::bits(float x, float, int) {
+  return x;
+}
 
 // Pairwise, as a machine would do it; rounds to the type at every step.
-template <class F, class T> void reduce(Fibre** fibres, int n, int operation) {
+template <class F, class T>
+void reduce(Fibre** fibres, int n, int operation) {
   T v[SIMD], result[SIMD];
   for (int i = 0; i < n; i++) {
     v[i] = F::read(fibres[i]->value);
@@ -366,11 +384,20 @@ template <class F, class T> void reduce(Fibre** fibres, int n, int operation) {
       for (int i = 0; i + half < left; i++) {
         const T x = v[i], y = v[i + half];
         switch (operation) {
-          case SUM: v[i] = F::round(T(x + y)); break;
-          case PRODUCT: v[i] = F::round(T(x * y)); break;
-          case MAX: v[i] = x != x ? y : (x < y ? y : x); break;
-          case MIN: v[i] = x != x ? y : (y < x ? y : x); break;
-          default: v[i] = F::bits(x, y, operation);
+          case SUM:
+            v[i] = F::round(T(x + y));
+            break;
+          case PRODUCT:
+            v[i] = F::round(T(x * y));
+            break;
+          case MAX:
+            v[i] = x != x ? y : (x < y ? y : x);
+            break;
+          case MIN:
+            v[i] = x != x ? y : (y < x ? y : x);
+            break;
+          default:
+            v[i] = F::bits(x, y, operation);
         }
       }
     }
@@ -384,18 +411,26 @@ template <class F, class T> void reduce(Fibre** fibres, int n, int operation) {
 }
 
 // Kinds of meeting. Those below 10 are shuffles: see msl_cpu.h.
-enum Kind { BROADCAST_FIRST = 2, DOWN = 4, UP = 5, BALLOT = 10, MULTIPLY = 11, BARRIER = 30, REDUCE = 100 };
+enum Kind {
+  BROADCAST_FIRST = 2,
+  DOWN = 4,
+  UP = 5,
+  BALLOT = 10,
+  MULTIPLY = 11,
+  BARRIER = 30,
+  REDUCE = 100
+};
 
 const char* name_of(int kind) {
-  static const char* shuffles[] = {"simd_shuffle",      "simd_broadcast",    "simd_broadcast_first",
-                                   "simd_shuffle_xor",  "simd_shuffle_down", "simd_shuffle_up",
-                                   "a quadgroup function"};
-  return kind < 7             ? shuffles[kind]
-      : kind == BALLOT        ? "simd_any, simd_all or simd_ballot"
-      : kind == MULTIPLY      ? "simdgroup_multiply"
-      : kind < BARRIER        ? "a simdgroup function"
-      : kind < REDUCE         ? "simdgroup_barrier"
-                              : "a simdgroup reduction";
+  static const char* shuffles[] = {
+      "simd_shuffle",      "simd_broadcast",  "simd_broadcast_first", "simd_shuffle_xor",
+      "simd_shuffle_down", "simd_shuffle_up", "a quadgroup function"};
+  return kind < 7           ? shuffles[kind]
+         : kind == BALLOT   ? "simd_any, simd_all or simd_ballot"
+         : kind == MULTIPLY ? "simdgroup_multiply"
+         : kind < BARRIER   ? "a simdgroup function"
+         : kind < REDUCE    ? "simdgroup_barrier"
+                            : "a simdgroup reduction";
 }
 
 void shuffle(Fibre** fibres, int n, int kind, int line) {
@@ -410,18 +445,24 @@ void shuffle(Fibre** fibres, int n, int kind, int line) {
     }
     if (!from && kind != DOWN && kind != UP) {
       self->current = fibres[i];
-      report(nullptr, "%s of line %d reads lane %d, which is not there", name_of(kind), line, source);
+      report(nullptr, "%s of line %d reads lane %d, which is not there", name_of(kind), line,
+             source);
       stop();
     }
-    memcpy(result[i], from ? from->value : fibres[i]->value, 16);  // up, down: own value at the edge
+    memcpy(result[i], from ? from->value : fibres[i]->value,
+           16);  // up, down: own value at the edge
   }
   for (int i = 0; i < n; i++) {
     memcpy(fibres[i]->value, result[i], 16);
   }
 }
 
-u32 matrix_row(u32 lane) { return (lane / 4 & 4) + lane / 2 % 4; }
-u32 matrix_column(u32 lane) { return (lane / 4 & 2) * 2 + lane % 2 * 2; }
+u32 matrix_row(u32 lane) {
+  return (lane / 4 & 4) + lane / 2 % 4;
+}
+u32 matrix_column(u32 lane) {
+  return (lane / 4 & 2) * 2 + lane % 2 * 2;
+}
 
 void multiply(Fibre** fibres, int n, int line) {
   if (n != int(SIMD)) {
@@ -459,15 +500,32 @@ void resolve(Simdgroup& s) {
   if (s.kind >= REDUCE) {
     const int type = (s.kind - REDUCE) / 16, operation = (s.kind - REDUCE) % 16;
     switch (type) {
-      case 0: reduce<Plain<float>, float>(fibres, n, operation); break;
-      case 1: reduce<Narrow<from_half, to_half>, float>(fibres, n, operation); break;
-      case 2: reduce<Narrow<from_bfloat, to_bfloat>, float>(fibres, n, operation); break;
-      case 3: reduce<Plain<int>, int>(fibres, n, operation); break;
-      case 4: reduce<Plain<u32>, u32>(fibres, n, operation); break;
-      case 5: reduce<Plain<short>, short>(fibres, n, operation); break;
-      case 6: reduce<Plain<uint16_t>, uint16_t>(fibres, n, operation); break;
-      case 7: reduce<Plain<signed char>, signed char>(fibres, n, operation); break;
-      default: reduce<Plain<unsigned char>, unsigned char>(fibres, n, operation);
+      case 0:
+        reduce<Plain<float>, float>(fibres, n, operation);
+        break;
+      case 1:
+        reduce<Narrow<from_half, to_half>, float>(fibres, n, operation);
+        break;
+      case 2:
+        reduce<Narrow<from_bfloat, to_bfloat>, float>(fibres, n, operation);
+        break;
+      case 3:
+        reduce<Plain<int>, int>(fibres, n, operation);
+        break;
+      case 4:
+        reduce<Plain<u32>, u32>(fibres, n, operation);
+        break;
+      case 5:
+        reduce<Plain<short>, short>(fibres, n, operation);
+        break;
+      case 6:
+        reduce<Plain<uint16_t>, uint16_t>(fibres, n, operation);
+        break;
+      case 7:
+        reduce<Plain<signed char>, signed char>(fibres, n, operation);
+        break;
+      default:
+        reduce<Plain<unsigned char>, unsigned char>(fibres, n, operation);
     }
   } else if (s.kind < BALLOT) {
     shuffle(fibres, n, s.kind, s.line);
@@ -482,7 +540,9 @@ void resolve(Simdgroup& s) {
   } else if (s.kind == MULTIPLY) {
     multiply(fibres, n, s.line);
   }
-  const int flags = s.kind >= BARRIER && s.kind < REDUCE ? s.kind - BARRIER : w->launch->lockstep ? 3 : 0;
+  const int flags = s.kind >= BARRIER && s.kind < REDUCE ? s.kind - BARRIER
+                    : w->launch->lockstep                ? 3
+                                                         : 0;
   s.device_epoch += flags & 1;
   s.group_epoch += flags >> 1 & 1;
   for (int i = 0; i < n; i++) {
@@ -499,9 +559,10 @@ void meet(int kind, int line) {
     s.kind = kind;
     s.line = line;
   } else if (s.kind != kind || s.line != line) {
-    report(
-        nullptr, "divergent SIMD-group functions: lanes of one simdgroup are at %s of line %d and %s of line %d",
-        name_of(s.kind), s.line, name_of(kind), line);
+    report(nullptr,
+           "divergent SIMD-group functions: lanes of one simdgroup are at %s of line %d and %s of "
+           "line %d",
+           name_of(s.kind), s.line, name_of(kind), line);
     stop();
   }
   fibre->kind = kind;
@@ -523,16 +584,15 @@ struct Me {
 
 bool after_write(const Cell& c, const Me& me) {
   return !c.written || !c.write_thread ||
-      (c.write_group == me.group &&
-       (c.write_thread == me.thread || c.write_epoch < me.epoch ||
-        (c.write_simdgroup == me.simdgroup && c.write_simd_epoch < me.simd_epoch)));
+         (c.write_group == me.group &&
+          (c.write_thread == me.thread || c.write_epoch < me.epoch ||
+           (c.write_simdgroup == me.simdgroup && c.write_simd_epoch < me.simd_epoch)));
 }
 
 bool after_reads(const Cell& c, const Me& me) {
-  return !c.read ||
-      (c.read_group == me.group &&
-       (c.read_thread == me.thread || c.read_epoch < me.epoch ||
-        (c.read_simdgroup == me.simdgroup && c.read_simd_epoch < me.simd_epoch)));
+  return !c.read || (c.read_group == me.group &&
+                     (c.read_thread == me.thread || c.read_epoch < me.epoch ||
+                      (c.read_simdgroup == me.simdgroup && c.read_simd_epoch < me.simd_epoch)));
 }
 
 void note_read(Cell& c, const Me& me) {
@@ -568,8 +628,12 @@ struct Place {
   u64 offset;
 };
 
-[[noreturn]] void race(
-    const Place& place, Access access, const Cell& c, const Me& me, bool with_write, const void* address) {
+[[noreturn]] void race(const Place& place,
+                       Access access,
+                       const Cell& c,
+                       const Me& me,
+                       bool with_write,
+                       const void* address) {
   char other[80];
   const u32 group = with_write ? c.write_group : c.read_group;
   const u32 thread = with_write ? c.write_thread : c.read_thread;
@@ -586,23 +650,21 @@ struct Place {
   } else {
     snprintf(name, sizeof name, "buffer %d", place.buffer);
   }
-  report(
-      address, "race on %s byte %lu: %s after a %s by %s with no barrier between", name,
-      (unsigned long)place.offset, access == READ ? "read" : "write", with_write ? "write" : "read",
-      other);
+  report(address, "race on %s byte %lu: %s after a %s by %s with no barrier between", name,
+         (unsigned long)place.offset, access == READ ? "read" : "write",
+         with_write ? "write" : "read", other);
   stop();
 }
 
-void check_cell(Cell& c, Access access, bool atomic, const Me& me, const Place& place, const void* address) {
+void check_cell(
+    Cell& c, Access access, bool atomic, const Me& me, const Place& place, const void* address) {
   if (access != WRITE && !c.written) {
     if (place.name) {
-      report(
-          address, "read of uninitialised threadgroup '%s' byte %lu", place.name,
-          (unsigned long)place.offset);
+      report(address, "read of uninitialised threadgroup '%s' byte %lu", place.name,
+             (unsigned long)place.offset);
     } else {
-      report(
-          address, "read of uninitialised buffer %d byte %lu", place.buffer,
-          (unsigned long)place.offset);
+      report(address, "read of uninitialised buffer %d byte %lu", place.buffer,
+             (unsigned long)place.offset);
     }
     stop();
   }
@@ -621,7 +683,8 @@ void check_cell(Cell& c, Access access, bool atomic, const Me& me, const Place& 
   }
 }
 
-__attribute__((noinline)) void check(const char* p, u64 n, Access access, bool atomic, const void* address) {
+__attribute__((noinline)) void check(
+    const char* p, u64 n, Access access, bool atomic, const void* address) {
   Worker* w = self;
   Fibre* fibre = w->current;
   Launch* l = w->launch;
@@ -631,7 +694,8 @@ __attribute__((noinline)) void check(const char* p, u64 n, Access access, bool a
     stop();
   }
   const Simdgroup& s = w->simdgroups[fibre->ids.simdgroup];
-  Me me = {w->group + 1, fibre->ids.index + 1, fibre->ids.simdgroup, w->device_epoch, s.device_epoch};
+  Me me = {w->group + 1, fibre->ids.index + 1, fibre->ids.simdgroup, w->device_epoch,
+           s.device_epoch};
   const char* verb = access == READ ? "read" : "write";
   if (p >= w->memory && p < w->memory + GROUP_MEMORY) {
     me.epoch = w->group_epoch;
@@ -645,8 +709,8 @@ __attribute__((noinline)) void check(const char* p, u64 n, Access access, bool a
       const u64 first = u64(p - array.low) / array.granule;
       const u64 last = (u64(p - array.low) + n - 1) / array.granule;
       for (u64 g = first; g <= last; g++) {
-        check_cell(
-            cells[g], access, atomic, me, {"threadgroup", array.name, 0, g * array.granule}, address);
+        check_cell(cells[g], access, atomic, me, {"threadgroup", array.name, 0, g * array.granule},
+                   address);
       }
       return;
     }
@@ -659,10 +723,10 @@ __attribute__((noinline)) void check(const char* p, u64 n, Access access, bool a
     if (best < 0) {
       report(address, "out-of-bounds %s of %lu bytes before all threadgroup arrays", verb, (long)n);
     } else {
-      report(
-          address, "out-of-bounds %s of %lu bytes at byte %ld of threadgroup '%s', which has %lu bytes",
-          verb, (long)n, (long)(p - w->arrays[best].low), w->arrays[best].name,
-          (long)w->arrays[best].bytes);
+      report(address,
+             "out-of-bounds %s of %lu bytes at byte %ld of threadgroup '%s', which has %lu bytes",
+             verb, (long)n, (long)(p - w->arrays[best].low), w->arrays[best].name,
+             (long)w->arrays[best].bytes);
     }
     stop();
   }
@@ -696,9 +760,8 @@ __attribute__((noinline)) void check(const char* p, u64 n, Access access, bool a
     report(address, "out-of-bounds %s of %lu bytes, far from every buffer", verb, (long)n);
   } else {
     const Buffer& b = l->buffers[near];
-    report(
-        address, "out-of-bounds %s of %lu bytes: byte offset %ld in buffer %d of %lu bytes", verb, (long)n,
-        (long)(p - b.low), near, (long)b.bytes);
+    report(address, "out-of-bounds %s of %lu bytes: byte offset %ld in buffer %d of %lu bytes",
+           verb, (long)n, (long)(p - b.low), near, (long)b.bytes);
   }
   stop();
 }
@@ -720,9 +783,9 @@ void describe_deadlock(Worker* w) {
       j++;
     }
     if (++shown <= 6) {
-      const char* where = f.state == RETURNED ? "have returned"
-          : f.state == AT_BARRIER             ? "wait in threadgroup_barrier"
-                                              : name_of(f.kind);
+      const char* where = f.state == RETURNED     ? "have returned"
+                          : f.state == AT_BARRIER ? "wait in threadgroup_barrier"
+                                                  : name_of(f.kind);
       length += snprintf(text + length, sizeof text - length, "; threads %u-%u %s%s", i, j - 1,
                          f.state == AT_SIMD ? "wait in " : "", where);
       if (f.state != RETURNED) {
@@ -732,9 +795,8 @@ void describe_deadlock(Worker* w) {
     i = j;
   }
   w->current = nullptr;
-  report(
-      nullptr, "divergent barrier or SIMD-group function in threadgroup number %u%s%s", w->group, text,
-      shown > 6 ? "; ..." : "");
+  report(nullptr, "divergent barrier or SIMD-group function in threadgroup number %u%s%s", w->group,
+         text, shown > 6 ? "; ..." : "");
   w->stopped = true;
 }
 
@@ -802,7 +864,9 @@ void run_group(Worker* w, const u32* at) {
   while (w->live && !w->stopped) {
     bool progress = false;
     for (u32 j = 0; j < n && !w->stopped; j++) {
-      const u32 i = l->order == 0 ? j : l->order == 1 ? n - 1 - j : u32((u64(j) * 7919 + l->order) % n);
+      const u32 i = l->order == 0   ? j
+                    : l->order == 1 ? n - 1 - j
+                                    : u32((u64(j) * 7919 + l->order) % n);
       if (w->fibres[i].state == RUNNING) {
         progress = true;
         to_fibre(w, &w->fibres[i]);
@@ -855,8 +919,8 @@ void* work(void* argument) {
     if (g >= task->total) {
       break;
     }
-    const u32 at[3] = {
-        u32(g % groups[0]), u32(g / groups[0] % groups[1]), u32(g / (u64(groups[0]) * groups[1]))};
+    const u32 at[3] = {u32(g % groups[0]), u32(g / groups[0] % groups[1]),
+                       u32(g / (u64(groups[0]) * groups[1]))};
     run_group(w, at);
   }
   w->current = nullptr;
@@ -916,9 +980,13 @@ void msl_together(int kind, int line) {
   }
 }
 
-void msl_simd_barrier(int flags, int line) { meet(BARRIER + (flags & 3), line); }
+void msl_simd_barrier(int flags, int line) {
+  meet(BARRIER + (flags & 3), line);
+}
 
-unsigned msl_lane(void) { return self->current->ids.lane; }
+unsigned msl_lane(void) {
+  return self->current->ids.lane;
+}
 
 // Strict: waits for all threads, also for those that have returned.
 void msl_barrier(int flags, int line) {
@@ -927,9 +995,9 @@ void msl_barrier(int flags, int line) {
   if (w->at_barrier == 0) {
     w->barrier_line = line;
   } else if (w->barrier_line != line) {
-    report(
-        nullptr, "divergent barrier: threads of one threadgroup are at the barriers of lines %d and %d",
-        w->barrier_line, line);
+    report(nullptr,
+           "divergent barrier: threads of one threadgroup are at the barriers of lines %d and %d",
+           w->barrier_line, line);
     stop();
   }
   fibre->state = AT_BARRIER;
@@ -961,9 +1029,8 @@ void* msl_threadgroup(int id, size_t bytes, size_t align, int element, const cha
   const u64 low = (w->memory_end + room + 15) / 16 * 16;
   if (w->memory_used > w->launch->group_memory || w->num_arrays == MAX_ARRAYS ||
       low + bytes + room > GROUP_MEMORY) {
-    report(
-        nullptr, "threadgroup memory of %lu bytes is over the limit of %lu (at '%s', line %d)",
-        (unsigned long)w->memory_used, (unsigned long)w->launch->group_memory, name, line);
+    report(nullptr, "threadgroup memory of %lu bytes is over the limit of %lu (at '%s', line %d)",
+           (unsigned long)w->memory_used, (unsigned long)w->launch->group_memory, name, line);
     stop();
   }
   w->memory_end = low + bytes + room;
@@ -976,9 +1043,8 @@ void* msl_threadgroup(int id, size_t bytes, size_t align, int element, const cha
 void msl_atomic(const volatile void* address, int bytes, int kind, int line) {
   (void)line;
   if (self->launch->check && !on_stack(const_cast<const void*>(address))) {
-    check(
-        static_cast<const char*>(const_cast<const void*>(address)), bytes, Access(kind), true,
-        __builtin_return_address(0));
+    check(static_cast<const char*>(const_cast<const void*>(address)), bytes, Access(kind), true,
+          __builtin_return_address(0));
   }
 }
 
@@ -990,8 +1056,12 @@ void msl_atomic(const volatile void* address, int bytes, int kind, int line) {
   void __asan_store##bytes(const void* p) {                                                        \
     if (!on_stack(p)) check((const char*)p, bytes, WRITE, false, __builtin_return_address(0));     \
   }                                                                                                \
-  void __asan_report_load##bytes(const void*) { abort(); }                                         \
-  void __asan_report_store##bytes(const void*) { abort(); }
+  void __asan_report_load##bytes(const void*) {                                                    \
+    abort();                                                                                       \
+  }                                                                                                \
+  void __asan_report_store##bytes(const void*) {                                                   \
+    abort();                                                                                       \
+  }
 CALLBACKS(1)
 CALLBACKS(2)
 CALLBACKS(4)
@@ -1020,8 +1090,12 @@ void* __asan_memset(void* to, int value, size_t n) {
 // The rest of what instrumented code refers to.
 void __asan_init(void) {}
 void __asan_version_mismatch_check_v8(void) {}
-void __asan_report_load_n(const void*, size_t) { abort(); }
-void __asan_report_store_n(const void*, size_t) { abort(); }
+void __asan_report_load_n(const void*, size_t) {
+  abort();
+}
+void __asan_report_store_n(const void*, size_t) {
+  abort();
+}
 void __asan_handle_no_return(void) {}
 
 struct SourceLocation {
@@ -1046,29 +1120,27 @@ struct Overflow {
   const TypeDescriptor* type;
 };
 void __ubsan_handle_type_mismatch_v1_abort(TypeMismatch* data, uint64_t pointer) {
-  report(
-      nullptr, "misaligned access: %s needs an address that is a multiple of %u, and has one of %lu modulo 64, at %s:%u",
-      data->type->name, 1u << data->log_alignment, (unsigned long)(pointer % 64), data->location.file,
-      data->location.line);
+  report(nullptr,
+         "misaligned access: %s needs an address that is a multiple of %u, and has one of %lu "
+         "modulo 64, at %s:%u",
+         data->type->name, 1u << data->log_alignment, (unsigned long)(pointer % 64),
+         data->location.file, data->location.line);
   stop();
 }
 void __ubsan_handle_out_of_bounds_abort(OutOfBounds* data, uint64_t index) {
-  report(
-      nullptr, "index %ld out of bounds of %s at %s:%u", (long)index, data->array->name,
-      data->location.file, data->location.line);
+  report(nullptr, "index %ld out of bounds of %s at %s:%u", (long)index, data->array->name,
+         data->location.file, data->location.line);
   stop();
 }
 void __ubsan_handle_divrem_overflow_abort(Overflow* data, uint64_t, uint64_t) {
-  report(
-      nullptr, "division by zero or overflow in %s at %s:%u", data->type->name, data->location.file,
-      data->location.line);
+  report(nullptr, "division by zero or overflow in %s at %s:%u", data->type->name,
+         data->location.file, data->location.line);
   stop();
 }
 #define OVERFLOW(what, word)                                                                       \
   void __ubsan_handle_##what##_overflow_abort(Overflow* data, uint64_t, uint64_t) {                \
-    report(                                                                                        \
-        nullptr, "overflow of %s in a %s at %s:%u", data->type->name, word, data->location.file,   \
-        data->location.line);                                                                      \
+    report(nullptr, "overflow of %s in a %s at %s:%u", data->type->name, word,                     \
+           data->location.file, data->location.line);                                              \
     stop();                                                                                        \
   }
 OVERFLOW(add, "sum")

@@ -79,30 +79,43 @@ MSL_VECTORS(long)
 MSL_VECTORS(ulong)
 
 namespace metal {
-template <class T, int N> struct msl_vector {
+template <class T, int N>
+struct msl_vector {
   using type = T __attribute__((ext_vector_type(N)));
 };
-template <class T, int N> using vec = typename msl_vector<T, N>::type;
-template <class A, class B> constexpr bool is_same_v = false;
-template <class A> constexpr bool is_same_v<A, A> = true;
-template <class A, class B> struct is_same {
+template <class T, int N>
+using vec = typename msl_vector<T, N>::type;
+template <class A, class B>
+constexpr bool is_same_v = false;
+template <class A>
+constexpr bool is_same_v<A, A> = true;
+template <class A, class B>
+struct is_same {
   static constexpr bool value = is_same_v<A, B>;
 };
-template <bool B, class T, class F> struct conditional {
+template <bool B, class T, class F>
+struct conditional {
   using type = T;
 };
-template <class T, class F> struct conditional<false, T, F> {
+template <class T, class F>
+struct conditional<false, T, F> {
   using type = F;
 };
-template <bool B, class T, class F> using conditional_t = typename conditional<B, T, F>::type;
-template <bool B, class T = void> struct enable_if {};
-template <class T> struct enable_if<true, T> {
+template <bool B, class T, class F>
+using conditional_t = typename conditional<B, T, F>::type;
+template <bool B, class T = void>
+struct enable_if {};
+template <class T>
+struct enable_if<true, T> {
   using type = T;
 };
-template <bool B, class T = void> using enable_if_t = typename enable_if<B, T>::type;
+template <bool B, class T = void>
+using enable_if_t = typename enable_if<B, T>::type;
 // What "float4(a, b, c, d)" is rewritten to: these vectors are no classes.
-template <class V, class... A> V msl_made(A...);
-template <class To, class From> To as_type(From);
+template <class V, class... A>
+V msl_made(A...);
+template <class To, class From>
+To as_type(From);
 
 #define MSL_1(name)                                                                                \
   float name(float);                                                                               \
@@ -120,11 +133,12 @@ template <class To, class From> To as_type(From);
   float4 name(float4, float4);
 #define MSL_MATHS                                                                                  \
   MSL_1(exp)                                                                                       \
-  MSL_1(exp2) MSL_1(exp10) MSL_1(log) MSL_1(log2) MSL_1(log10) MSL_1(sqrt) MSL_1(rsqrt)            \
-  MSL_1(sin) MSL_1(cos) MSL_1(tan) MSL_1(sinh) MSL_1(cosh) MSL_1(tanh)                             \
-  MSL_1(asin) MSL_1(acos) MSL_1(atan) MSL_1(asinh) MSL_1(acosh) MSL_1(atanh)                       \
-  MSL_1(floor) MSL_1(ceil) MSL_1(rint) MSL_1(round) MSL_1(trunc) MSL_1(fabs) MSL_1(fract)          \
-  MSL_2(pow) MSL_2(powr) MSL_2(atan2) MSL_2(fmod) MSL_2(copysign) MSL_2(divide)
+  MSL_1(exp2)                                                                                      \
+  MSL_1(exp10) MSL_1(log) MSL_1(log2) MSL_1(log10) MSL_1(sqrt) MSL_1(rsqrt) MSL_1(sin) MSL_1(cos)  \
+      MSL_1(tan) MSL_1(sinh) MSL_1(cosh) MSL_1(tanh) MSL_1(asin) MSL_1(acos) MSL_1(atan)           \
+          MSL_1(asinh) MSL_1(acosh) MSL_1(atanh) MSL_1(floor) MSL_1(ceil) MSL_1(rint) MSL_1(round) \
+              MSL_1(trunc) MSL_1(fabs) MSL_1(fract) MSL_2(pow) MSL_2(powr) MSL_2(atan2)            \
+                  MSL_2(fmod) MSL_2(copysign) MSL_2(divide)
 MSL_MATHS
 namespace fast {
 MSL_MATHS
@@ -177,14 +191,16 @@ half dot(half4, half4);
 float length(float2);
 float length(float4);
 float ldexp(float, int);
-template <class T> T select(T, T, bool);
+template <class T>
+T select(T, T, bool);
 uint popcount(uint);
 int popcount(int);
 uint clz(uint);
 uint ctz(uint);
 int mul24(int, int);
 uint mulhi(uint, uint);
-template <class T> struct numeric_limits {
+template <class T>
+struct numeric_limits {
   static constexpr T infinity() { return T(1); }
   static constexpr T quiet_NaN() { return T(1); }
   static constexpr T max() { return T(1); }
@@ -196,8 +212,8 @@ template <class T> struct numeric_limits {
 // No 64-bit types: Metal has no SIMD-group functions for them.
 #define MSL_LANES(declare)                                                                         \
   declare(float) declare(half) declare(bfloat) declare(int) declare(uint) declare(short)           \
-  declare(ushort) declare(char) declare(uchar) declare(float2) declare(float4) declare(half2)      \
-  declare(half4) declare(int2) declare(int4) declare(uint2) declare(uint4)
+      declare(ushort) declare(char) declare(uchar) declare(float2) declare(float4) declare(half2)  \
+          declare(half4) declare(int2) declare(int4) declare(uint2) declare(uint4)
 #define MSL_REDUCED(T)                                                                             \
   T simd_sum(T);                                                                                   \
   T simd_product(T);                                                                               \
@@ -245,7 +261,8 @@ mem_flags operator|(mem_flags, mem_flags);
 void threadgroup_barrier(mem_flags);
 void simdgroup_barrier(mem_flags);
 
-template <class T, int R, int C> struct simdgroup_matrix {
+template <class T, int R, int C>
+struct simdgroup_matrix {
   simdgroup_matrix() = default;
   explicit simdgroup_matrix(T);
   vec<T, 2> elements;
@@ -254,41 +271,45 @@ template <class T, int R, int C> struct simdgroup_matrix {
 typedef simdgroup_matrix<float, 8, 8> simdgroup_float8x8;
 typedef simdgroup_matrix<half, 8, 8> simdgroup_half8x8;
 typedef simdgroup_matrix<bfloat, 8, 8> simdgroup_bfloat8x8;
-template <class T, int R, int C = R> simdgroup_matrix<T, R, C> make_filled_simdgroup_matrix(T);
-template <class T, int R, int C = R> simdgroup_matrix<T, R, C> make_diagonal_simdgroup_matrix(T);
+template <class T, int R, int C = R>
+simdgroup_matrix<T, R, C> make_filled_simdgroup_matrix(T);
+template <class T, int R, int C = R>
+simdgroup_matrix<T, R, C> make_diagonal_simdgroup_matrix(T);
 #define MSL_MATRIX(space)                                                                          \
   template <class T>                                                                               \
-  void simdgroup_load(                                                                             \
-      thread simdgroup_matrix<T, 8, 8>&, const space T*, ulong = 8, ulong2 = ulong2(0),            \
-      bool = false);                                                                               \
+  void simdgroup_load(thread simdgroup_matrix<T, 8, 8>&, const space T*, ulong = 8,                \
+                      ulong2 = ulong2(0), bool = false);                                           \
   template <class T>                                                                               \
-  void simdgroup_store(                                                                            \
-      simdgroup_matrix<T, 8, 8>, space T*, ulong = 8, ulong2 = ulong2(0), bool = false);
+  void simdgroup_store(simdgroup_matrix<T, 8, 8>, space T*, ulong = 8, ulong2 = ulong2(0),         \
+                       bool = false);
 MSL_MATRIX(device)
 MSL_MATRIX(threadgroup)
 template <class D, class A, class B, class C>
-void simdgroup_multiply_accumulate(
-    thread simdgroup_matrix<D, 8, 8>&,
-    simdgroup_matrix<A, 8, 8>,
-    simdgroup_matrix<B, 8, 8>,
-    simdgroup_matrix<C, 8, 8>);
+void simdgroup_multiply_accumulate(thread simdgroup_matrix<D, 8, 8>&,
+                                   simdgroup_matrix<A, 8, 8>,
+                                   simdgroup_matrix<B, 8, 8>,
+                                   simdgroup_matrix<C, 8, 8>);
 template <class D, class A, class B>
-void simdgroup_multiply(
-    thread simdgroup_matrix<D, 8, 8>&, simdgroup_matrix<A, 8, 8>, simdgroup_matrix<B, 8, 8>);
+void simdgroup_multiply(thread simdgroup_matrix<D, 8, 8>&,
+                        simdgroup_matrix<A, 8, 8>,
+                        simdgroup_matrix<B, 8, 8>);
 
 enum memory_order { memory_order_relaxed };
-template <class T> struct atomic {
+template <class T>
+struct atomic {
   T value;
 };
 typedef atomic<int> atomic_int;
 typedef atomic<uint> atomic_uint;
 typedef atomic<ulong> atomic_ulong;
 typedef atomic<float> atomic_float;
-template <class T> struct msl_plain {
+template <class T>
+struct msl_plain {
   using type = T;
 };
 #define MSL_ATOMIC(space)                                                                          \
-  template <class T> T atomic_load_explicit(const volatile space atomic<T>*, memory_order);        \
+  template <class T>                                                                               \
+  T atomic_load_explicit(const volatile space atomic<T>*, memory_order);                           \
   MSL_UPDATES(space, fetch_add)                                                                    \
   MSL_UPDATES(space, fetch_sub)                                                                    \
   MSL_UPDATES(space, fetch_and)                                                                    \
@@ -298,16 +319,16 @@ template <class T> struct msl_plain {
   MSL_UPDATES(space, fetch_min)                                                                    \
   MSL_UPDATES(space, exchange)                                                                     \
   template <class T>                                                                               \
-  void atomic_store_explicit(                                                                      \
-      volatile space atomic<T>*, typename msl_plain<T>::type, memory_order);                       \
+  void atomic_store_explicit(volatile space atomic<T>*, typename msl_plain<T>::type,               \
+                             memory_order);                                                        \
   template <class T>                                                                               \
-  bool atomic_compare_exchange_weak_explicit(                                                      \
-      volatile space atomic<T>*, thread T*, typename msl_plain<T>::type, memory_order,             \
-      memory_order);
+  bool atomic_compare_exchange_weak_explicit(volatile space atomic<T>*, thread T*,                 \
+                                             typename msl_plain<T>::type, memory_order,            \
+                                             memory_order);
 #define MSL_UPDATES(space, name)                                                                   \
   template <class T>                                                                               \
-  T atomic_##name##_explicit(                                                                      \
-      volatile space atomic<T>*, typename msl_plain<T>::type, memory_order);
+  T atomic_##name##_explicit(volatile space atomic<T>*, typename msl_plain<T>::type,               \
+                             memory_order);
 MSL_ATOMIC(device)
 MSL_ATOMIC(threadgroup)
 }  // namespace metal

@@ -20,9 +20,11 @@ void* msl_threadgroup(int id, size_t bytes, size_t align, int element, const cha
 // The numbers below are those of runtime.cpp.
 namespace metal {
 #define MSL_LINE int line = __builtin_LINE()
-template <class T> struct msl_type;
+template <class T>
+struct msl_type;
 #define MSL_TYPE(T, n)                                                                             \
-  template <> struct msl_type<T> {                                                                 \
+  template <>                                                                                      \
+  struct msl_type<T> {                                                                             \
     static constexpr int number = n;                                                               \
   };
 // No 64-bit types: Metal has no SIMD-group functions for them.
@@ -39,11 +41,13 @@ MSL_TYPE(uchar, 8)
 #undef MSL_TYPE
 
 #define MSL_REDUCTION(name, operation)                                                             \
-  template <class T> MSL_FN T name(T x, MSL_LINE) {                                                \
+  template <class T>                                                                               \
+  MSL_FN T name(T x, MSL_LINE) {                                                                   \
     msl_reduce(&x, msl_type<T>::number, operation, line);                                          \
     return x;                                                                                      \
   }                                                                                                \
-  template <class T, int N> MSL_FN vec<T, N> name(vec<T, N> x, MSL_LINE) {                         \
+  template <class T, int N>                                                                        \
+  MSL_FN vec<T, N> name(vec<T, N> x, MSL_LINE) {                                                   \
     for (int i = 0; i < N; i++) msl_reduce(&x.e[i], msl_type<T>::number, operation, line);         \
     return x;                                                                                      \
   }
@@ -60,12 +64,14 @@ MSL_REDUCTION(simd_prefix_inclusive_product, 9)
 MSL_REDUCTION(simd_prefix_exclusive_product, 10)
 #undef MSL_REDUCTION
 
-template <class T> struct msl_shuffled {
-  static_assert(
-      is_vector<T>::value || sizeof(T) <= 4, "SIMD-group functions take no 64-bit scalars");
+template <class T>
+struct msl_shuffled {
+  static_assert(is_vector<T>::value || sizeof(T) <= 4,
+                "SIMD-group functions take no 64-bit scalars");
 };
 #define MSL_SHUFFLE(name, parameter, source, kind)                                                 \
-  template <class T> MSL_FN T name(T x, parameter, MSL_LINE) {                                     \
+  template <class T>                                                                               \
+  MSL_FN T name(T x, parameter, MSL_LINE) {                                                        \
     (void)sizeof(msl_shuffled<T>);                                                                 \
     msl_shuffle(&x, sizeof(T), source, kind, line);                                                \
     return x;                                                                                      \
@@ -81,23 +87,27 @@ MSL_SHUFFLE(quad_shuffle, ushort lane, int(msl_lane() / 4 * 4 + lane), 6)
 MSL_SHUFFLE(quad_broadcast, ushort lane, int(msl_lane() / 4 * 4 + lane), 6)
 MSL_SHUFFLE(quad_shuffle_xor, ushort mask, int(msl_lane() ^ mask), 6)
 #undef MSL_SHUFFLE
-template <class T> MSL_FN T simd_broadcast_first(T x, MSL_LINE) {
+template <class T>
+MSL_FN T simd_broadcast_first(T x, MSL_LINE) {
   (void)sizeof(msl_shuffled<T>);
   msl_shuffle(&x, sizeof(T), -1, 2, line);
   return x;
 }
-template <class T> MSL_FN T simd_shuffle_and_fill_up(T x, T fill, ushort delta, MSL_LINE) {
+template <class T>
+MSL_FN T simd_shuffle_and_fill_up(T x, T fill, ushort delta, MSL_LINE) {
   const int source = int(msl_lane()) - int(delta);
   msl_shuffle(&x, sizeof(T), source < 0 ? 0 : source, 5, line);
   return source < 0 ? fill : x;
 }
-template <class T> MSL_FN T simd_shuffle_and_fill_down(T x, T fill, ushort delta, MSL_LINE) {
+template <class T>
+MSL_FN T simd_shuffle_and_fill_down(T x, T fill, ushort delta, MSL_LINE) {
   const int source = int(msl_lane()) + int(delta);
   msl_shuffle(&x, sizeof(T), source > 31 ? 31 : source, 4, line);
   return source > 31 ? fill : x;
 }
 #define MSL_QUAD(name, expression)                                                                 \
-  template <class T> MSL_FN T name(T x, MSL_LINE) {                                                \
+  template <class T>                                                                               \
+  MSL_FN T name(T x, MSL_LINE) {                                                                   \
     T y = quad_shuffle_xor(x, 1, line);                                                            \
     x = expression;                                                                                \
     y = quad_shuffle_xor(x, 2, line);                                                              \
@@ -107,8 +117,12 @@ MSL_QUAD(quad_sum, T(x + y))
 MSL_QUAD(quad_max, max(x, y))
 MSL_QUAD(quad_min, min(x, y))
 #undef MSL_QUAD
-MSL_FN bool simd_any(bool vote, MSL_LINE) { return msl_ballot(vote, line) != 0; }
-MSL_FN bool simd_all(bool vote, MSL_LINE) { return msl_ballot(!vote, line) == 0; }
+MSL_FN bool simd_any(bool vote, MSL_LINE) {
+  return msl_ballot(vote, line) != 0;
+}
+MSL_FN bool simd_all(bool vote, MSL_LINE) {
+  return msl_ballot(!vote, line) == 0;
+}
 MSL_FN bool simd_is_first(MSL_LINE) {
   msl_together(20, line);
   return msl_lane() == 0;
@@ -120,19 +134,30 @@ struct simd_vote {
   MSL_FN bool all() const { return (votes & 0xffffffffu) == 0xffffffffu; }
   MSL_FN bool any() const { return votes != 0; }
 };
-MSL_FN simd_vote simd_ballot(bool vote, MSL_LINE) { return simd_vote{msl_ballot(vote, line)}; }
+MSL_FN simd_vote simd_ballot(bool vote, MSL_LINE) {
+  return simd_vote{msl_ballot(vote, line)};
+}
 
 enum class mem_flags { mem_none = 0, mem_device = 1, mem_threadgroup = 2, mem_texture = 4 };
 MSL_FN constexpr mem_flags operator|(mem_flags a, mem_flags b) {
   return mem_flags(int(a) | int(b));
 }
-MSL_FN void threadgroup_barrier(mem_flags flags, MSL_LINE) { msl_barrier(int(flags), line); }
-MSL_FN void simdgroup_barrier(mem_flags flags, MSL_LINE) { msl_simd_barrier(int(flags), line); }
+MSL_FN void threadgroup_barrier(mem_flags flags, MSL_LINE) {
+  msl_barrier(int(flags), line);
+}
+MSL_FN void simdgroup_barrier(mem_flags flags, MSL_LINE) {
+  msl_simd_barrier(int(flags), line);
+}
 
 // ---- 8x8 matrices: two neighbours of one row per lane, laid out as MLX's own kernels expect ------
-MSL_FN uint msl_row(uint lane) { return (lane / 4 & 4) + lane / 2 % 4; }
-MSL_FN uint msl_column(uint lane) { return (lane / 4 & 2) * 2 + lane % 2 * 2; }
-template <class T, int R, int C> struct simdgroup_matrix {
+MSL_FN uint msl_row(uint lane) {
+  return (lane / 4 & 4) + lane / 2 % 4;
+}
+MSL_FN uint msl_column(uint lane) {
+  return (lane / 4 & 2) * 2 + lane % 2 * 2;
+}
+template <class T, int R, int C>
+struct simdgroup_matrix {
   static_assert(R == 8 && C == 8, "simdgroup_matrix is 8x8");
   vec<T, 2> elements;
   simdgroup_matrix() = default;
@@ -163,29 +188,26 @@ struct msl_origin {
   MSL_FN msl_origin(ulong2 o) : x(o.x), y(o.y) {}
 };
 template <class T>
-MSL_FN void simdgroup_load(
-    simdgroup_matrix<T, 8, 8>& m,
-    const T* source,
-    ulong stride = 8,
-    msl_origin origin = msl_origin(),
-    bool transpose = false,
-    MSL_LINE) {
+MSL_FN void simdgroup_load(simdgroup_matrix<T, 8, 8>& m,
+                           const T* source,
+                           ulong stride = 8,
+                           msl_origin origin = msl_origin(),
+                           bool transpose = false,
+                           MSL_LINE) {
   msl_together(21, line);
   const uint row = msl_row(msl_lane()), column = msl_column(msl_lane());
   for (uint i = 0; i < 2; i++) {
-    m.elements.e[i] = transpose
-        ? source[(origin.y + column + i) * stride + origin.x + row]
-        : source[(origin.y + row) * stride + origin.x + column + i];
+    m.elements.e[i] = transpose ? source[(origin.y + column + i) * stride + origin.x + row]
+                                : source[(origin.y + row) * stride + origin.x + column + i];
   }
 }
 template <class T>
-MSL_FN void simdgroup_store(
-    simdgroup_matrix<T, 8, 8> m,
-    T* target,
-    ulong stride = 8,
-    msl_origin origin = msl_origin(),
-    bool transpose = false,
-    MSL_LINE) {
+MSL_FN void simdgroup_store(simdgroup_matrix<T, 8, 8> m,
+                            T* target,
+                            ulong stride = 8,
+                            msl_origin origin = msl_origin(),
+                            bool transpose = false,
+                            MSL_LINE) {
   msl_together(22, line);
   const uint row = msl_row(msl_lane()), column = msl_column(msl_lane());
   for (uint i = 0; i < 2; i++) {
@@ -194,12 +216,11 @@ MSL_FN void simdgroup_store(
   }
 }
 template <class D, class A, class B, class C>
-MSL_FN void simdgroup_multiply_accumulate(
-    simdgroup_matrix<D, 8, 8>& d,
-    simdgroup_matrix<A, 8, 8> a,
-    simdgroup_matrix<B, 8, 8> b,
-    simdgroup_matrix<C, 8, 8> c,
-    MSL_LINE) {
+MSL_FN void simdgroup_multiply_accumulate(simdgroup_matrix<D, 8, 8>& d,
+                                          simdgroup_matrix<A, 8, 8> a,
+                                          simdgroup_matrix<B, 8, 8> b,
+                                          simdgroup_matrix<C, 8, 8> c,
+                                          MSL_LINE) {
   const float fa[2] = {float(a.elements.e[0]), float(a.elements.e[1])};
   const float fb[2] = {float(b.elements.e[0]), float(b.elements.e[1])};
   const float fc[2] = {float(c.elements.e[0]), float(c.elements.e[1])};
@@ -209,21 +230,22 @@ MSL_FN void simdgroup_multiply_accumulate(
   d.elements.e[1] = D(fd[1]);
 }
 template <class D, class A, class B>
-MSL_FN void simdgroup_multiply(
-    simdgroup_matrix<D, 8, 8>& d,
-    simdgroup_matrix<A, 8, 8> a,
-    simdgroup_matrix<B, 8, 8> b,
-    MSL_LINE) {
+MSL_FN void simdgroup_multiply(simdgroup_matrix<D, 8, 8>& d,
+                               simdgroup_matrix<A, 8, 8> a,
+                               simdgroup_matrix<B, 8, 8> b,
+                               MSL_LINE) {
   const auto zero = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
   simdgroup_multiply_accumulate(d, a, b, zero, line);
 }
 
 // ---- atomics -------------------------------------------------------------------------------------
 enum memory_order { memory_order_relaxed };
-template <class T> struct atomic {
+template <class T>
+struct atomic {
   T value;
 };
-template <class T> using _atomic = atomic<T>;
+template <class T>
+using _atomic = atomic<T>;
 typedef atomic<int> atomic_int;
 typedef atomic<uint> atomic_uint;
 typedef atomic<ulong> atomic_ulong;
@@ -233,18 +255,19 @@ typedef atomic<float> atomic_float;
 #define MSL_ATOMIC                                                                                 \
   template <class T>                                                                               \
   __attribute__((noinline, no_sanitize("address", "alignment", "signed-integer-overflow")))
-MSL_ATOMIC T msl_exchange(volatile atomic<T>* object, T* expected, T desired, bool compare, int line) {
+MSL_ATOMIC T
+msl_exchange(volatile atomic<T>* object, T* expected, T desired, bool compare, int line) {
   T old;
   msl_atomic(object, sizeof(T), 1, line);
   __atomic_load(&object->value, &old, __ATOMIC_RELAXED);
   if (compare) {
     old = *expected;
-    __atomic_compare_exchange(
-        &object->value, &old, &desired, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+    __atomic_compare_exchange(&object->value, &old, &desired, false, __ATOMIC_RELAXED,
+                              __ATOMIC_RELAXED);
     return old;
   }
-  while (!__atomic_compare_exchange(
-      &object->value, &old, &desired, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  while (!__atomic_compare_exchange(&object->value, &old, &desired, false, __ATOMIC_RELAXED,
+                                    __ATOMIC_RELAXED)) {
   }
   return old;
 }
@@ -255,18 +278,18 @@ MSL_ATOMIC T msl_exchange(volatile atomic<T>* object, T* expected, T desired, bo
     __atomic_load(&object->value, &old, __ATOMIC_RELAXED);                                         \
     do {                                                                                           \
       desired = expression;                                                                        \
-    } while (!__atomic_compare_exchange(                                                           \
-        &object->value, &old, &desired, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));               \
+    } while (!__atomic_compare_exchange(&object->value, &old, &desired, false, __ATOMIC_RELAXED,   \
+                                        __ATOMIC_RELAXED));                                        \
     return old;                                                                                    \
   }                                                                                                \
   template <class T>                                                                               \
-  MSL_FN T atomic_##name##_explicit(                                                               \
-      volatile atomic<T>* object, typename msl_plain<T>::type x, memory_order, MSL_LINE) {         \
+  MSL_FN T atomic_##name##_explicit(volatile atomic<T>* object, typename msl_plain<T>::type x,     \
+                                    memory_order, MSL_LINE) {                                      \
     return msl_##name(object, x, line);                                                            \
   }
 MSL_FETCH(fetch_add, T(old + x))
 MSL_FETCH(fetch_sub, T(old - x))
-MSL_FETCH(fetch_and, T(old & x))
+MSL_FETCH(fetch_and, T(old& x))
 MSL_FETCH(fetch_or, T(old | x))
 MSL_FETCH(fetch_xor, T(old ^ x))
 MSL_FETCH(fetch_max, max(old, x))
@@ -288,23 +311,26 @@ MSL_FN T atomic_load_explicit(const volatile atomic<T>* object, memory_order, MS
   return msl_atomic_load(object, line);
 }
 template <class T>
-MSL_FN void atomic_store_explicit(
-    volatile atomic<T>* object, typename msl_plain<T>::type x, memory_order, MSL_LINE) {
+MSL_FN void atomic_store_explicit(volatile atomic<T>* object,
+                                  typename msl_plain<T>::type x,
+                                  memory_order,
+                                  MSL_LINE) {
   msl_atomic_store(object, x, line);
 }
 template <class T>
-MSL_FN T atomic_exchange_explicit(
-    volatile atomic<T>* object, typename msl_plain<T>::type x, memory_order, MSL_LINE) {
+MSL_FN T atomic_exchange_explicit(volatile atomic<T>* object,
+                                  typename msl_plain<T>::type x,
+                                  memory_order,
+                                  MSL_LINE) {
   return msl_exchange(object, static_cast<T*>(nullptr), x, false, line);
 }
 template <class T>
-MSL_FN bool atomic_compare_exchange_weak_explicit(
-    volatile atomic<T>* object,
-    T* expected,
-    typename msl_plain<T>::type desired,
-    memory_order,
-    memory_order,
-    MSL_LINE) {
+MSL_FN bool atomic_compare_exchange_weak_explicit(volatile atomic<T>* object,
+                                                  T* expected,
+                                                  typename msl_plain<T>::type desired,
+                                                  memory_order,
+                                                  memory_order,
+                                                  MSL_LINE) {
   const T found = msl_exchange(object, expected, desired, true, line);
   const bool equal = found == *expected;
   *expected = found;
@@ -314,12 +340,17 @@ MSL_FN bool atomic_compare_exchange_weak_explicit(
 
 struct os_log {
   constexpr os_log(const char*, const char*) {}
-  template <class... A> MSL_FN void log_debug(const char*, A...) const {}
+  template <class... A>
+  MSL_FN void log_debug(const char*, A...) const {}
 };
 }  // namespace metal
 
-MSL_FN constexpr metal::half operator""_h(long double x) { return metal::half(float(x)); }
-MSL_FN constexpr metal::half operator""h(long double x) { return metal::half(float(x)); }
+MSL_FN constexpr metal::half operator""_h(long double x) {
+  return metal::half(float(x));
+}
+MSL_FN constexpr metal::half operator""h(long double x) {
+  return metal::half(float(x));
+}
 using metal::as_type;
 using metal::bfloat;
 using metal::half;
@@ -344,6 +375,6 @@ using metal::vec;
 #define threadgroup
 #define MSL_THREADGROUP(name, dims, ...)                                                           \
   typedef __VA_ARGS__ msl_type_of_##name dims;                                                     \
-  msl_type_of_##name& name = *static_cast<msl_type_of_##name*>(msl_threadgroup(                    \
-      __COUNTER__, sizeof(msl_type_of_##name), alignof(msl_type_of_##name), sizeof(__VA_ARGS__),   \
-      #name, __LINE__))
+  msl_type_of_##name& name = *static_cast<msl_type_of_##name*>(                                    \
+      msl_threadgroup(__COUNTER__, sizeof(msl_type_of_##name), alignof(msl_type_of_##name),        \
+                      sizeof(__VA_ARGS__), #name, __LINE__))

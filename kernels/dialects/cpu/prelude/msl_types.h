@@ -41,71 +41,105 @@ typedef unsigned int uint;
 typedef unsigned long ulong;
 
 // ---- traits --------------------------------------------------------------------------------
-template <class T, T V> struct integral_constant {
+template <class T, T V>
+struct integral_constant {
   static constexpr T value = V;
   using value_type = T;
   using type = integral_constant;
   constexpr operator T() const { return V; }
   constexpr T operator()() const { return V; }
 };
-template <bool B> using bool_constant = integral_constant<bool, B>;
+template <bool B>
+using bool_constant = integral_constant<bool, B>;
 using true_type = bool_constant<true>;
 using false_type = bool_constant<false>;
-template <bool B, class T = void> struct enable_if {};
-template <class T> struct enable_if<true, T> {
+template <bool B, class T = void>
+struct enable_if {};
+template <class T>
+struct enable_if<true, T> {
   using type = T;
 };
-template <bool B, class T = void> using enable_if_t = typename enable_if<B, T>::type;
-template <bool B, class T, class F> struct conditional {
+template <bool B, class T = void>
+using enable_if_t = typename enable_if<B, T>::type;
+template <bool B, class T, class F>
+struct conditional {
   using type = T;
 };
-template <class T, class F> struct conditional<false, T, F> {
+template <class T, class F>
+struct conditional<false, T, F> {
   using type = F;
 };
-template <bool B, class T, class F> using conditional_t = typename conditional<B, T, F>::type;
-template <class A, class B> struct is_same : false_type {};
-template <class A> struct is_same<A, A> : true_type {};
-template <class A, class B> constexpr bool is_same_v = is_same<A, B>::value;
-template <class T> struct remove_const {
+template <bool B, class T, class F>
+using conditional_t = typename conditional<B, T, F>::type;
+template <class A, class B>
+struct is_same : false_type {};
+template <class A>
+struct is_same<A, A> : true_type {};
+template <class A, class B>
+constexpr bool is_same_v = is_same<A, B>::value;
+template <class T>
+struct remove_const {
   using type = T;
 };
-template <class T> struct remove_const<const T> {
+template <class T>
+struct remove_const<const T> {
   using type = T;
 };
-template <class T> struct remove_volatile {
+template <class T>
+struct remove_volatile {
   using type = T;
 };
-template <class T> struct remove_volatile<volatile T> {
+template <class T>
+struct remove_volatile<volatile T> {
   using type = T;
 };
-template <class T> using remove_const_t = typename remove_const<T>::type;
-template <class T> struct remove_cv {
+template <class T>
+using remove_const_t = typename remove_const<T>::type;
+template <class T>
+struct remove_cv {
   using type = typename remove_volatile<typename remove_const<T>::type>::type;
 };
-template <class T> using remove_cv_t = typename remove_cv<T>::type;
-template <class T> struct remove_reference {
+template <class T>
+using remove_cv_t = typename remove_cv<T>::type;
+template <class T>
+struct remove_reference {
   using type = T;
 };
-template <class T> struct remove_reference<T&> {
+template <class T>
+struct remove_reference<T&> {
   using type = T;
 };
-template <class T> using remove_reference_t = typename remove_reference<T>::type;
-template <class T> struct remove_pointer {
+template <class T>
+using remove_reference_t = typename remove_reference<T>::type;
+template <class T>
+struct remove_pointer {
   using type = T;
 };
-template <class T> struct remove_pointer<T*> {
+template <class T>
+struct remove_pointer<T*> {
   using type = T;
 };
-template <class T> using remove_pointer_t = typename remove_pointer<T>::type;
-template <class T> using remove_addrspace_t = T;
-template <class T> struct is_const : false_type {};
-template <class T> struct is_const<const T> : true_type {};
-template <class T> constexpr bool is_const_v = is_const<T>::value;
-template <class T> struct is_pointer : false_type {};
-template <class T> struct is_pointer<T*> : true_type {};
-template <class T> constexpr bool is_pointer_v = is_pointer<T>::value;
-template <class T> struct msl_integral : false_type {};
-#define MSL_INTEGRAL(T) template <> struct msl_integral<T> : true_type {};
+template <class T>
+using remove_pointer_t = typename remove_pointer<T>::type;
+template <class T>
+using remove_addrspace_t = T;
+template <class T>
+struct is_const : false_type {};
+template <class T>
+struct is_const<const T> : true_type {};
+template <class T>
+constexpr bool is_const_v = is_const<T>::value;
+template <class T>
+struct is_pointer : false_type {};
+template <class T>
+struct is_pointer<T*> : true_type {};
+template <class T>
+constexpr bool is_pointer_v = is_pointer<T>::value;
+template <class T>
+struct msl_integral : false_type {};
+#define MSL_INTEGRAL(T)                                                                            \
+  template <>                                                                                      \
+  struct msl_integral<T> : true_type {};
 MSL_INTEGRAL(bool)
 MSL_INTEGRAL(char)
 MSL_INTEGRAL(signed char)
@@ -117,14 +151,22 @@ MSL_INTEGRAL(unsigned int)
 MSL_INTEGRAL(long)
 MSL_INTEGRAL(unsigned long)
 #undef MSL_INTEGRAL
-template <class T> struct is_integral : msl_integral<remove_cv_t<T>> {};
-template <class T> constexpr bool is_integral_v = is_integral<T>::value;
-template <class A, class B> struct is_convertible : bool_constant<__is_convertible_to(A, B)> {};
-template <class A, class B> constexpr bool is_convertible_v = is_convertible<A, B>::value;
+template <class T>
+struct is_integral : msl_integral<remove_cv_t<T>> {};
+template <class T>
+constexpr bool is_integral_v = is_integral<T>::value;
+template <class A, class B>
+struct is_convertible : bool_constant<__is_convertible_to(A, B)> {};
+template <class A, class B>
+constexpr bool is_convertible_v = is_convertible<A, B>::value;
 
-template <class T> MSL_FN T* addressof(T& x) { return __builtin_addressof(x); }
+template <class T>
+MSL_FN T* addressof(T& x) {
+  return __builtin_addressof(x);
+}
 
-template <class To, class From> MSL_FN To as_type(From from) {
+template <class To, class From>
+MSL_FN To as_type(From from) {
   static_assert(sizeof(To) == sizeof(From), "as_type needs types of one size");
   To to;
   __builtin_memcpy(static_cast<void*>(&to), static_cast<const void*>(&from), sizeof(To));
@@ -167,45 +209,59 @@ struct bfloat {
 };
 MSL_FN half::half(bfloat x) : v(static_cast<float>(x)) {}
 
-template <class T> struct is_floating_point
-    : bool_constant<
-          is_same_v<remove_cv_t<T>, float> || is_same_v<remove_cv_t<T>, half> ||
-          is_same_v<remove_cv_t<T>, bfloat>> {};
-template <class T> constexpr bool is_floating_point_v = is_floating_point<T>::value;
-template <class T> struct is_arithmetic
-    : bool_constant<is_integral_v<T> || is_floating_point_v<T>> {};
-template <class T> constexpr bool is_arithmetic_v = is_arithmetic<T>::value;
-template <class T, bool I = is_integral_v<T>> struct is_signed : is_floating_point<T> {};
-template <class T> struct is_signed<T, true> : bool_constant<(T(-1) < T(0))> {};
-template <class T> constexpr bool is_signed_v = is_signed<T>::value;
-template <class T> struct is_unsigned : bool_constant<is_integral_v<T> && !is_signed_v<T>> {};
-template <class T> constexpr bool is_unsigned_v = is_unsigned<T>::value;
+template <class T>
+struct is_floating_point
+    : bool_constant<is_same_v<remove_cv_t<T>, float> || is_same_v<remove_cv_t<T>, half> ||
+                    is_same_v<remove_cv_t<T>, bfloat>> {};
+template <class T>
+constexpr bool is_floating_point_v = is_floating_point<T>::value;
+template <class T>
+struct is_arithmetic : bool_constant<is_integral_v<T> || is_floating_point_v<T>> {};
+template <class T>
+constexpr bool is_arithmetic_v = is_arithmetic<T>::value;
+template <class T, bool I = is_integral_v<T>>
+struct is_signed : is_floating_point<T> {};
+template <class T>
+struct is_signed<T, true> : bool_constant<(T(-1) < T(0))> {};
+template <class T>
+constexpr bool is_signed_v = is_signed<T>::value;
+template <class T>
+struct is_unsigned : bool_constant<is_integral_v<T> && !is_signed_v<T>> {};
+template <class T>
+constexpr bool is_unsigned_v = is_unsigned<T>::value;
 
 // The type of an operation on two 16-bit floats, or on one and an integer; nothing else.
-template <class A, class B> struct msl_narrow {};
-template <> struct msl_narrow<half, half> {
+template <class A, class B>
+struct msl_narrow {};
+template <>
+struct msl_narrow<half, half> {
   using type = half;
 };
-template <> struct msl_narrow<bfloat, bfloat> {
+template <>
+struct msl_narrow<bfloat, bfloat> {
   using type = bfloat;
 };
-template <class T> using msl_only_integral = enable_if_t<is_integral_v<T>, T>;
+template <class T>
+using msl_only_integral = enable_if_t<is_integral_v<T>, T>;
 #define MSL_NARROW(op)                                                                             \
   template <class A, class B>                                                                      \
   MSL_FN constexpr typename msl_narrow<A, B>::type operator op(A a, B b) {                         \
     return typename msl_narrow<A, B>::type(static_cast<float>(a) op static_cast<float>(b));        \
   }                                                                                                \
-  template <class I, class = msl_only_integral<I>> MSL_FN constexpr half operator op(half a, I b) {\
+  template <class I, class = msl_only_integral<I>>                                                 \
+  MSL_FN constexpr half operator op(half a, I b) {                                                 \
     return half(static_cast<float>(a) op static_cast<float>(b));                                   \
   }                                                                                                \
-  template <class I, class = msl_only_integral<I>> MSL_FN constexpr half operator op(I a, half b) {\
+  template <class I, class = msl_only_integral<I>>                                                 \
+  MSL_FN constexpr half operator op(I a, half b) {                                                 \
     return half(static_cast<float>(a) op static_cast<float>(b));                                   \
   }                                                                                                \
-  template <class B> MSL_FN half& operator op##=(half & a, B b) {                                  \
+  template <class B>                                                                               \
+  MSL_FN half& operator op## = (half & a, B b) {                                                   \
     a = half(static_cast<float>(a) op static_cast<float>(b));                                      \
     return a;                                                                                      \
   }                                                                                                \
-  MSL_FN bfloat& operator op##=(bfloat & a, bfloat b) {                                            \
+  MSL_FN bfloat& operator op## = (bfloat & a, bfloat b) {                                          \
     a = bfloat(static_cast<float>(a) op static_cast<float>(b));                                    \
     return a;                                                                                      \
   }
@@ -214,21 +270,28 @@ MSL_NARROW(-)
 MSL_NARROW(*)
 MSL_NARROW(/)
 #undef MSL_NARROW
-MSL_FN constexpr half operator-(half a) { return half(-static_cast<float>(a)); }
+MSL_FN constexpr half operator-(half a) {
+  return half(-static_cast<float>(a));
+}
 MSL_FN constexpr bfloat operator-(bfloat a) {
   return bfloat(bfloat::raw(), static_cast<uint16_t>(a.bits ^ 0x8000u));
 }
 
 // ---- vec<T, N>: aligned like Metal's (three elements take the room of four) --------------------
-template <class T, int N> struct vec;
-template <class T> struct msl_plain {
+template <class T, int N>
+struct vec;
+template <class T>
+struct msl_plain {
   using type = T;
 };
-template <class V> struct is_vector : false_type {};
-template <class T, int N> struct is_vector<vec<T, N>> : true_type {};
+template <class V>
+struct is_vector : false_type {};
+template <class T, int N>
+struct is_vector<vec<T, N>> : true_type {};
 
 // Some elements of a vector, as a view of its storage.
-template <class T, int WIDTH, int... I> struct msl_swizzle {
+template <class T, int WIDTH, int... I>
+struct msl_swizzle {
   T e[WIDTH];
   MSL_FN operator vec<T, sizeof...(I)>() const {
     vec<T, sizeof...(I)> result;
@@ -244,9 +307,18 @@ template <class T, int WIDTH, int... I> struct msl_swizzle {
   MSL_FN msl_swizzle& operator=(const msl_swizzle& other) {
     return *this = static_cast<vec<T, sizeof...(I)>>(other);
   }
-  template <class U> MSL_FN void operator+=(U o) { *this = vec<T, sizeof...(I)>(*this) + o; }
-  template <class U> MSL_FN void operator-=(U o) { *this = vec<T, sizeof...(I)>(*this) - o; }
-  template <class U> MSL_FN void operator*=(U o) { *this = vec<T, sizeof...(I)>(*this) * o; }
+  template <class U>
+  MSL_FN void operator+=(U o) {
+    *this = vec<T, sizeof...(I)>(*this) + o;
+  }
+  template <class U>
+  MSL_FN void operator-=(U o) {
+    *this = vec<T, sizeof...(I)>(*this) - o;
+  }
+  template <class U>
+  MSL_FN void operator*=(U o) {
+    *this = vec<T, sizeof...(I)>(*this) * o;
+  }
 };
 
 #define MSL_VEC_COMMON(N)                                                                          \
@@ -261,13 +333,19 @@ template <class T, int WIDTH, int... I> struct msl_swizzle {
   MSL_FN vec(T s) {                                                                                \
     for (int i = 0; i < N; i++) e[i] = s;                                                          \
   }                                                                                                \
-  template <class U> MSL_FN explicit vec(vec<U, N> o) {                                            \
+  template <class U>                                                                               \
+  MSL_FN explicit vec(vec<U, N> o) {                                                               \
     for (int i = 0; i < N; i++) e[i] = static_cast<T>(o.e[i]);                                     \
   }                                                                                                \
-  MSL_FN T& operator[](int i) { return e[i]; }                                                     \
-  MSL_FN const T& operator[](int i) const { return e[i]; }
+  MSL_FN T& operator[](int i) {                                                                    \
+    return e[i];                                                                                   \
+  }                                                                                                \
+  MSL_FN const T& operator[](int i) const {                                                        \
+    return e[i];                                                                                   \
+  }
 
-template <class T> struct alignas(2 * sizeof(T)) vec<T, 2> {
+template <class T>
+struct alignas(2 * sizeof(T)) vec<T, 2> {
   union {
     T e[2];
     struct {
@@ -287,7 +365,8 @@ template <class T> struct alignas(2 * sizeof(T)) vec<T, 2> {
     e[1] = b;
   }
 };
-template <class T> struct alignas(4 * sizeof(T)) vec<T, 3> {
+template <class T>
+struct alignas(4 * sizeof(T)) vec<T, 3> {
   union {
     T e[3];
     struct {
@@ -311,7 +390,8 @@ template <class T> struct alignas(4 * sizeof(T)) vec<T, 3> {
   MSL_FN vec(vec<T, 2> a, T c) : vec(a.e[0], a.e[1], c) {}
   MSL_FN vec(T a, vec<T, 2> b) : vec(a, b.e[0], b.e[1]) {}
 };
-template <class T> struct alignas(4 * sizeof(T)) vec<T, 4> {
+template <class T>
+struct alignas(4 * sizeof(T)) vec<T, 4> {
   union {
     T e[4];
     struct {
@@ -344,7 +424,8 @@ template <class T> struct alignas(4 * sizeof(T)) vec<T, 4> {
 #undef MSL_VEC_COMMON
 
 #define MSL_VEC_BINARY(op, R)                                                                      \
-  template <class T, int N> MSL_FN vec<R, N> operator op(vec<T, N> a, vec<T, N> b) {               \
+  template <class T, int N>                                                                        \
+  MSL_FN vec<R, N> operator op(vec<T, N> a, vec<T, N> b) {                                         \
     vec<R, N> r;                                                                                   \
     for (int i = 0; i < N; i++) r.e[i] = R(a.e[i] op b.e[i]);                                      \
     return r;                                                                                      \
@@ -363,7 +444,8 @@ template <class T> struct alignas(4 * sizeof(T)) vec<T, 4> {
   }
 #define MSL_VEC_ARITHMETIC(op)                                                                     \
   MSL_VEC_BINARY(op, T)                                                                            \
-  template <class T, int N, class U> MSL_FN vec<T, N>& operator op##=(vec<T, N>& a, U b) {         \
+  template <class T, int N, class U>                                                               \
+  MSL_FN vec<T, N>& operator op## = (vec<T, N> & a, U b) {                                         \
     a = a op b;                                                                                    \
     return a;                                                                                      \
   }
@@ -388,7 +470,8 @@ MSL_VEC_BINARY(||, bool)
 #undef MSL_VEC_ARITHMETIC
 #undef MSL_VEC_BINARY
 #define MSL_VEC_UNARY(op)                                                                          \
-  template <class T, int N> MSL_FN vec<T, N> operator op(vec<T, N> a) {                            \
+  template <class T, int N>                                                                        \
+  MSL_FN vec<T, N> operator op(vec<T, N> a) {                                                      \
     for (int i = 0; i < N; i++) a.e[i] = T(op a.e[i]);                                             \
     return a;                                                                                      \
   }
@@ -396,19 +479,22 @@ MSL_VEC_UNARY(-)
 MSL_VEC_UNARY(~)
 MSL_VEC_UNARY(!)
 #undef MSL_VEC_UNARY
-template <int N> MSL_FN bool any(vec<bool, N> a) {
+template <int N>
+MSL_FN bool any(vec<bool, N> a) {
   bool result = false;
   for (int i = 0; i < N; i++) result = result || a.e[i];
   return result;
 }
-template <int N> MSL_FN bool all(vec<bool, N> a) {
+template <int N>
+MSL_FN bool all(vec<bool, N> a) {
   bool result = true;
   for (int i = 0; i < N; i++) result = result && a.e[i];
   return result;
 }
 
 // Vectors without padding or alignment beyond that of their elements.
-template <class T, int N> struct packed_vec {
+template <class T, int N>
+struct packed_vec {
   T e[N];
   packed_vec() = default;
   MSL_FN packed_vec(vec<T, N> o) {
@@ -445,7 +531,9 @@ MSL_VECTORS(bool)
 
 // ---- maths -------------------------------------------------------------------------------------
 #define MSL_UNARY(name, expression)                                                                \
-  MSL_FN float name(float x) { return (expression); }                                              \
+  MSL_FN float name(float x) {                                                                     \
+    return (expression);                                                                           \
+  }                                                                                                \
   MSL_FN half name(half v) {                                                                       \
     const float x = v;                                                                             \
     return half(expression);                                                                       \
@@ -454,12 +542,15 @@ MSL_VECTORS(bool)
     const float x = v;                                                                             \
     return bfloat(expression);                                                                     \
   }                                                                                                \
-  template <class T, int N> MSL_FN vec<T, N> name(vec<T, N> v) {                                   \
+  template <class T, int N>                                                                        \
+  MSL_FN vec<T, N> name(vec<T, N> v) {                                                             \
     for (int i = 0; i < N; i++) v.e[i] = name(v.e[i]);                                             \
     return v;                                                                                      \
   }
 #define MSL_BINARY(name, expression)                                                               \
-  MSL_FN float name(float x, float y) { return (expression); }                                     \
+  MSL_FN float name(float x, float y) {                                                            \
+    return (expression);                                                                           \
+  }                                                                                                \
   MSL_FN half name(half u, half v) {                                                               \
     const float x = u, y = v;                                                                      \
     return half(expression);                                                                       \
@@ -468,7 +559,8 @@ MSL_VECTORS(bool)
     const float x = u, y = v;                                                                      \
     return bfloat(expression);                                                                     \
   }                                                                                                \
-  template <class T, int N> MSL_FN vec<T, N> name(vec<T, N> u, vec<T, N> v) {                      \
+  template <class T, int N>                                                                        \
+  MSL_FN vec<T, N> name(vec<T, N> u, vec<T, N> v) {                                                \
     for (int i = 0; i < N; i++) v.e[i] = name(u.e[i], v.e[i]);                                     \
     return v;                                                                                      \
   }
@@ -518,7 +610,8 @@ MSL_MATHS
 #undef MSL_BINARY
 
 #define MSL_PER_ELEMENT2(name)                                                                     \
-  template <class T, int N> MSL_FN vec<T, N> name(vec<T, N> a, vec<T, N> b) {                      \
+  template <class T, int N>                                                                        \
+  MSL_FN vec<T, N> name(vec<T, N> a, vec<T, N> b) {                                                \
     for (int i = 0; i < N; i++) a.e[i] = name(a.e[i], b.e[i]);                                     \
     return a;                                                                                      \
   }                                                                                                \
@@ -528,9 +621,15 @@ MSL_MATHS
     return a;                                                                                      \
   }
 #define MSL_INTEGERS(T)                                                                            \
-  MSL_FN constexpr T max(T a, T b) { return a > b ? a : b; }                                       \
-  MSL_FN constexpr T min(T a, T b) { return a < b ? a : b; }                                       \
-  MSL_FN constexpr T clamp(T x, T low, T high) { return min(max(x, low), high); }
+  MSL_FN constexpr T max(T a, T b) {                                                               \
+    return a > b ? a : b;                                                                          \
+  }                                                                                                \
+  MSL_FN constexpr T min(T a, T b) {                                                               \
+    return a < b ? a : b;                                                                          \
+  }                                                                                                \
+  MSL_FN constexpr T clamp(T x, T low, T high) {                                                   \
+    return min(max(x, low), high);                                                                 \
+  }
 MSL_INTEGERS(char)
 MSL_INTEGERS(signed char)
 MSL_INTEGERS(uchar)
@@ -549,18 +648,42 @@ MSL_INTEGERS(ulong)
   MSL_FN T min(T a, T b) {                                                                         \
     return float(a) != float(a) ? b : (float(b) < float(a) ? b : a);                               \
   }                                                                                                \
-  MSL_FN T fmax(T a, T b) { return max(a, b); }                                                    \
-  MSL_FN T fmin(T a, T b) { return min(a, b); }                                                    \
-  MSL_FN T clamp(T x, T low, T high) { return min(max(x, low), high); }                            \
-  MSL_FN T saturate(T x) { return clamp(x, T(0.0f), T(1.0f)); }                                    \
-  MSL_FN T abs(T x) { return fabs(x); }                                                            \
-  MSL_FN bool isnan(T x) { return float(x) != float(x); }                                          \
-  MSL_FN bool isinf(T x) { return fabs(float(x)) == INFINITY; }                                    \
-  MSL_FN bool isfinite(T x) { return fabs(float(x)) < INFINITY; }                                  \
-  MSL_FN bool signbit(T x) { return __builtin_signbitf(float(x)) != 0; }                           \
-  MSL_FN T sign(T x) { return T(float(x) > 0.0f ? 1.0f : float(x) < 0.0f ? -1.0f : 0.0f); }        \
-  MSL_FN T mix(T a, T b, T t) { return T(float(a) + (float(b) - float(a)) * float(t)); }           \
-  MSL_FN T fma(T a, T b, T c) { return T(__builtin_fmaf(float(a), float(b), float(c))); }
+  MSL_FN T fmax(T a, T b) {                                                                        \
+    return max(a, b);                                                                              \
+  }                                                                                                \
+  MSL_FN T fmin(T a, T b) {                                                                        \
+    return min(a, b);                                                                              \
+  }                                                                                                \
+  MSL_FN T clamp(T x, T low, T high) {                                                             \
+    return min(max(x, low), high);                                                                 \
+  }                                                                                                \
+  MSL_FN T saturate(T x) {                                                                         \
+    return clamp(x, T(0.0f), T(1.0f));                                                             \
+  }                                                                                                \
+  MSL_FN T abs(T x) {                                                                              \
+    return fabs(x);                                                                                \
+  }                                                                                                \
+  MSL_FN bool isnan(T x) {                                                                         \
+    return float(x) != float(x);                                                                   \
+  }                                                                                                \
+  MSL_FN bool isinf(T x) {                                                                         \
+    return fabs(float(x)) == INFINITY;                                                             \
+  }                                                                                                \
+  MSL_FN bool isfinite(T x) {                                                                      \
+    return fabs(float(x)) < INFINITY;                                                              \
+  }                                                                                                \
+  MSL_FN bool signbit(T x) {                                                                       \
+    return __builtin_signbitf(float(x)) != 0;                                                      \
+  }                                                                                                \
+  MSL_FN T sign(T x) {                                                                             \
+    return T(float(x) > 0.0f ? 1.0f : float(x) < 0.0f ? -1.0f : 0.0f);                             \
+  }                                                                                                \
+  MSL_FN T mix(T a, T b, T t) {                                                                    \
+    return T(float(a) + (float(b) - float(a)) * float(t));                                         \
+  }                                                                                                \
+  MSL_FN T fma(T a, T b, T c) {                                                                    \
+    return T(__builtin_fmaf(float(a), float(b), float(c)));                                        \
+  }
 MSL_FLOATS(float)
 MSL_FLOATS(half)
 MSL_FLOATS(bfloat)
@@ -568,8 +691,12 @@ MSL_FLOATS(bfloat)
 MSL_PER_ELEMENT2(max)
 MSL_PER_ELEMENT2(min)
 #undef MSL_PER_ELEMENT2
-MSL_FN int abs(int x) { return x < 0 ? -x : x; }
-MSL_FN long abs(long x) { return x < 0 ? -x : x; }
+MSL_FN int abs(int x) {
+  return x < 0 ? -x : x;
+}
+MSL_FN long abs(long x) {
+  return x < 0 ? -x : x;
+}
 namespace fast {
 using metal::abs;
 using metal::clamp;
@@ -588,39 +715,66 @@ using metal::fmin;
 using metal::max;
 using metal::min;
 }  // namespace precise
-template <class T, int N> MSL_FN vec<T, N> clamp(vec<T, N> x, vec<T, N> low, vec<T, N> high) {
+template <class T, int N>
+MSL_FN vec<T, N> clamp(vec<T, N> x, vec<T, N> low, vec<T, N> high) {
   return min(max(x, low), high);
 }
-template <class T, int N> MSL_FN vec<T, N> abs(vec<T, N> a) {
+template <class T, int N>
+MSL_FN vec<T, N> abs(vec<T, N> a) {
   for (int i = 0; i < N; i++) a.e[i] = abs(a.e[i]);
   return a;
 }
-template <class T, int N> MSL_FN vec<T, N> fma(vec<T, N> a, vec<T, N> b, vec<T, N> c) {
+template <class T, int N>
+MSL_FN vec<T, N> fma(vec<T, N> a, vec<T, N> b, vec<T, N> c) {
   for (int i = 0; i < N; i++) c.e[i] = fma(a.e[i], b.e[i], c.e[i]);
   return c;
 }
-template <class T, int N> MSL_FN T dot(vec<T, N> a, vec<T, N> b) {
+template <class T, int N>
+MSL_FN T dot(vec<T, N> a, vec<T, N> b) {
   T sum = T(a.e[0] * b.e[0]);
   for (int i = 1; i < N; i++) sum = T(sum + a.e[i] * b.e[i]);
   return sum;
 }
-template <class T, int N> MSL_FN T length(vec<T, N> a) { return sqrt(dot(a, a)); }
-template <class T> MSL_FN T select(T a, T b, bool c) { return c ? b : a; }
-template <class T, int N> MSL_FN vec<T, N> select(vec<T, N> a, vec<T, N> b, vec<bool, N> c) {
+template <class T, int N>
+MSL_FN T length(vec<T, N> a) {
+  return sqrt(dot(a, a));
+}
+template <class T>
+MSL_FN T select(T a, T b, bool c) {
+  return c ? b : a;
+}
+template <class T, int N>
+MSL_FN vec<T, N> select(vec<T, N> a, vec<T, N> b, vec<bool, N> c) {
   for (int i = 0; i < N; i++) a.e[i] = c.e[i] ? b.e[i] : a.e[i];
   return a;
 }
-MSL_FN float ldexp(float x, int n) { return __builtin_ldexpf(x, n); }
-MSL_FN uint popcount(uint x) { return uint(__builtin_popcount(x)); }
-MSL_FN int popcount(int x) { return __builtin_popcount(uint(x)); }
-MSL_FN uint clz(uint x) { return x ? uint(__builtin_clz(x)) : 32u; }
-MSL_FN uint ctz(uint x) { return x ? uint(__builtin_ctz(x)) : 32u; }
-MSL_FN int mul24(int a, int b) { return a * b; }
-MSL_FN uint mulhi(uint a, uint b) { return uint((ulong(a) * b) >> 32); }
+MSL_FN float ldexp(float x, int n) {
+  return __builtin_ldexpf(x, n);
+}
+MSL_FN uint popcount(uint x) {
+  return uint(__builtin_popcount(x));
+}
+MSL_FN int popcount(int x) {
+  return __builtin_popcount(uint(x));
+}
+MSL_FN uint clz(uint x) {
+  return x ? uint(__builtin_clz(x)) : 32u;
+}
+MSL_FN uint ctz(uint x) {
+  return x ? uint(__builtin_ctz(x)) : 32u;
+}
+MSL_FN int mul24(int a, int b) {
+  return a * b;
+}
+MSL_FN uint mulhi(uint a, uint b) {
+  return uint((ulong(a) * b) >> 32);
+}
 
 // ---- limits ------------------------------------------------------------------------------------
-template <class T> struct numeric_limits;
-template <> struct numeric_limits<float> {
+template <class T>
+struct numeric_limits;
+template <>
+struct numeric_limits<float> {
   static constexpr bool is_signed = true, is_integer = false;
   MSL_FN static constexpr float infinity() { return INFINITY; }
   MSL_FN static constexpr float quiet_NaN() { return NAN; }
@@ -629,7 +783,8 @@ template <> struct numeric_limits<float> {
   MSL_FN static constexpr float min() { return FLT_MIN; }
   MSL_FN static constexpr float epsilon() { return FLT_EPSILON; }
 };
-template <> struct numeric_limits<half> {
+template <>
+struct numeric_limits<half> {
   static constexpr bool is_signed = true, is_integer = false;
   MSL_FN static constexpr half infinity() { return half(INFINITY); }
   MSL_FN static constexpr half quiet_NaN() { return half(NAN); }
@@ -638,7 +793,8 @@ template <> struct numeric_limits<half> {
   MSL_FN static constexpr half min() { return half(6.103515625e-5f); }
   MSL_FN static constexpr half epsilon() { return half(9.765625e-4f); }
 };
-template <> struct numeric_limits<bfloat> {
+template <>
+struct numeric_limits<bfloat> {
   static constexpr bool is_signed = true, is_integer = false;
   MSL_FN static constexpr bfloat of(uint16_t bits) { return bfloat(bfloat::raw(), bits); }
   MSL_FN static constexpr bfloat infinity() { return of(0x7f80); }
@@ -649,8 +805,9 @@ template <> struct numeric_limits<bfloat> {
   MSL_FN static constexpr bfloat epsilon() { return of(0x3c00); }
 };
 #define MSL_LIMITS(T, LOW, HIGH)                                                                   \
-  template <> struct numeric_limits<T> {                                                           \
-    static constexpr bool is_signed = metal::is_signed_v<T>, is_integer = true;                             \
+  template <>                                                                                      \
+  struct numeric_limits<T> {                                                                       \
+    static constexpr bool is_signed = metal::is_signed_v<T>, is_integer = true;                    \
     MSL_FN static constexpr T max() { return HIGH; }                                               \
     MSL_FN static constexpr T min() { return LOW; }                                                \
     MSL_FN static constexpr T lowest() { return LOW; }                                             \
