@@ -13,6 +13,8 @@ from mlxrewrite.kernels.dialects.cpu.source import Input
 from mlxrewrite.kernels.dialects.cpu.static import Finding, check, lint
 from mlxrewrite.kernels.inspect import list_specs, parse
 from mlxrewrite.kernels.render import render
+from mlxrewrite.kernels.specs import KernelSpec
+from mlxrewrite.kernels.state_specs import state_step_spec
 
 I = "uint i = thread_position_in_grid.x; "  # noqa: E741
 SPACES, OPENCL, LINT, RUNNER = "address spaces", "OpenCL", "lint", "runner"
@@ -204,23 +206,23 @@ def test_findings_name_file_and_line() -> None:
 
 
 # ---- every text that is rendered -----------------------------------------------------------------
-FIXED_TYPES = {"settings": mx.float32, "partial_values": mx.float32, "partial_stats": mx.float32}
+FLOATS = "settings", "partial_values", "partial_stats", "decay", "beta", "state", "state_out"
+FIXED_TYPES = dict.fromkeys(FLOATS, mx.float32)
 
 
-def described(name: str) -> dict[str, object]:
+POOLS = ("key_pool", "value_pool", "gathered_keys", "gathered_values")
+
+
+def described(spec: KernelSpec) -> dict[str, object]:
     """Inputs and outputs of a spec: types by name, one element where ops pass one."""
-    spec = parse(name)
     kernel = render(spec)
 
     def dtype(array: str) -> mx.Dtype:
-        fields = {
-            ("queries", "output", "sinks"): "query_dtype",
-            ("keys", "values"): "rows_dtype",
-            ("key_pool", "value_pool", "gathered_keys", "gathered_values"): "pool_dtype",
-        }
-        for names, field_name in fields.items():
-            if array in names:
-                return DTYPES[getattr(spec, field_name)]
+        rows = getattr(spec, "query_dtype", None) or getattr(spec, "rows_dtype", None)
+        if array in ("queries", "keys", "values", "sinks", "output"):
+            return DTYPES[str(rows)]
+        if array in POOLS:
+            return DTYPES[str(getattr(spec, "pool_dtype", None))]
         return FIXED_TYPES.get(array, mx.int32)
 
     return {
@@ -254,5 +256,14 @@ KINDS = kinds(list_specs())
     [pytest.param(name, marks=() if name in KINDS else pytest.mark.slow) for name in list_specs()],
 )
 def test_rendered_text_is_clean(name: str) -> None:
-    found = check(**described(name))  # type: ignore[arg-type]
+    found = check(**described(parse(name)))  # type: ignore[arg-type]
+    assert not found, "\n".join(map(str, found))
+
+
+@pytest.mark.parametrize("delta", [True, False])
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_text_of_state_steps_is_clean(per_channel: bool, delta: bool) -> None:
+    q, v = mx.zeros((1, 1, 2, 64), mx.float16), mx.zeros((1, 1, 4, 32), mx.float16)
+    spec = state_step_spec(q, q, v, per_channel=per_channel, delta=delta)
+    found = check(**described(spec))  # type: ignore[arg-type]
     assert not found, "\n".join(map(str, found))
