@@ -210,11 +210,13 @@ FLOATS = "settings", "partial_values", "partial_stats", "decay", "beta", "state"
 FIXED_TYPES = dict.fromkeys(FLOATS, mx.float32)
 
 
+# What ops pass with few elements, always or for small models: `constant` in the text.
+FEW = "token_in", "settings", "sinks", "decay", "beta"
 POOLS = ("key_pool", "value_pool", "gathered_keys", "gathered_values")
 
 
 def described(spec: KernelSpec) -> dict[str, object]:
-    """Inputs and outputs of a spec: types by name, one element where ops pass one."""
+    """Inputs and outputs of a spec, types by name."""
     kernel = render(spec)
 
     def dtype(array: str) -> mx.Dtype:
@@ -228,7 +230,7 @@ def described(spec: KernelSpec) -> dict[str, object]:
     return {
         "name": kernel.name,
         "inputs": [
-            Input(array, dtype(array), 1 if array.startswith("token") else 4096, 1)
+            Input(array, dtype(array), 4 if array in FEW else 4096, 1)
             for array in kernel.input_names
         ],
         "output_names": kernel.output_names,

@@ -436,13 +436,8 @@ const char* name_of(int kind) {
 void shuffle(Fibre** fibres, int n, int kind, int line) {
   u64 result[SIMD][2];
   for (int i = 0; i < n; i++) {
-    const int source = kind == BROADCAST_FIRST ? int(fibres[0]->ids.lane) : fibres[i]->source;
-    const Fibre* from = nullptr;
-    for (int j = 0; j < n; j++) {
-      if (int(fibres[j]->ids.lane) == source) {
-        from = fibres[j];
-      }
-    }
+    const int source = kind == BROADCAST_FIRST ? 0 : fibres[i]->source;
+    const Fibre* from = source >= 0 && source < n ? fibres[source] : nullptr;
     if (!from && kind != DOWN && kind != UP) {
       self->current = fibres[i];
       report(nullptr, "%s of line %d reads lane %d, which is not there", name_of(kind), line,
