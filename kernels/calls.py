@@ -173,7 +173,13 @@ def _decode(
             window=query.window,
             chunk=query.chunk,
             tile=whole.tile,
-            split=policy.split("decode", whole.tile, int(lengths @ seen), layer.kv_heads),
+            split=policy.split(
+                "decode",
+                whole.tile,
+                int(lengths @ seen),
+                layer.kv_heads,
+                even=bool(seen.max() <= 1.25 * seen.mean()),
+            ),
         )
 
     key = ("decode", sequences, query.window, query.chunk, whole.tile, layer.kv_heads)

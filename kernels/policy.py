@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Route = Literal["kernel", "gathered"]
 
 # Query heads of one simdgroup of the decode kernel: their queries and sums stay in registers.
-HEADS = 4
+HEADS = 8
 # Wider groups, wider heads and longer queries than these go to matrix units.
 DECODE_GROUP = 8
 DECODE_WIDTH = 256
@@ -38,8 +38,8 @@ DECODE_ROWS = 4
 # Rows from which on gathering a sequence's pages for MLX's own attention is worth it.
 GATHER_ROWS = 32
 # Threadgroups that fill a device, and the fewest keys worth a threadgroup of its own.
-THREADGROUPS = {"cuda": 1056, "metal": 512, "runner": 1}
-LEAST_SPLIT = {"decode": 128, "tiled": 128}
+THREADGROUPS = {"cuda": 264, "metal": 512, "runner": 1}
+LEAST_SPLIT = {"decode": 256, "tiled": 128}
 
 
 def layout() -> Layout:
@@ -111,10 +111,13 @@ def decode_spec(layer: AttentionSpec, partial: bool) -> DecodeSpec:
     """The kernel for single rows."""
     group = layer.query_heads // layer.kv_heads
     vector = 16 // DTYPES[layer.pool_dtype]
-    heads = min(group, HEADS)
+    widest = max(layer.key_dim, layer.value_dim)
+    heads = min(group, HEADS if widest <= 16 * vector else HEADS // 2)
     chunks = -(-group // heads)
-    # Keys of a turn: what one lane holds of them is 32 words, of keys and of values.
-    tile = 16 if max(layer.key_dim, layer.value_dim) <= 16 * vector else 8
+    # Keys of a turn: up to 8 loads of each lane for keys, as many for values. A key is shared by
+    # 8, 16 or 32 lanes, a load each.
+    tile = 32 if widest <= 8 * vector else 16 if widest <= 16 * vector else 8
+    tile = max(8, tile // 2) if heads > 4 else tile
     return DecodeSpec(
         query_dtype=layer.dtype,
         pool_dtype=layer.pool_dtype,
@@ -172,10 +175,19 @@ def reduce_spec(layer: AttentionSpec) -> ReduceSpec:
     )
 
 
-def split(kind: Literal["decode", "tiled"], tile: int, keys: int, groups_per_key: int) -> int:
+def split(
+    kind: Literal["decode", "tiled"],
+    tile: int,
+    keys: int,
+    groups_per_key: int,
+    *,
+    even: bool = True,
+) -> int:
     """Keys of one threadgroup, a power of two: enough threadgroups to fill the device, if there are
-    so many keys. `keys` of all rows (or tiles of rows) together, each read by `groups_per_key`."""
+    so many keys. `keys` of all rows (or tiles of rows) together, each read by `groups_per_key`;
+    even: whether rows have about equally many, else smaller parts even out the work."""
     wanted = keys * groups_per_key // THREADGROUPS[launch.active() or "runner"]
+    wanted = wanted if even else wanted // 4
     least = max(tile, LEAST_SPLIT[kind])
     return max(least, 1 << max(0, wanted - 1).bit_length())
 

@@ -88,6 +88,7 @@ def test_no_kernel_runs_on_the_cpu_unasked():
         Case(**SINGLE),
         Case(**SINGLE, dtype="bfloat16", query_heads=3, kv_heads=1, key_dim=80, value_dim=48),
         Case(**SINGLE, dtype="float16", window=20, sinks=True, softcap=3.0, block_size=8),
+        Case(**SINGLE, dtype="float16", query_heads=8, kv_heads=1, key_dim=32, value_dim=32),
         Case(**MIXED, dtype="bfloat16"),
         Case(**MIXED, window=20, sinks=True, softcap=4.0, block_size=32),
         Case(**MIXED, dtype="float16", chunk=24, query_heads=6, key_dim=32, value_dim=32),

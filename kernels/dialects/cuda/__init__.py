@@ -7,8 +7,10 @@ __shared__, other qualifiers go. (They cannot be macros: CUDA's own __device__ e
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 
 import mlx.core as mx
@@ -22,7 +24,6 @@ _SHARED = re.compile(
     re.MULTILINE,
 )
 _SPACE = re.compile(r"\b(?:device|constant|thread|threadgroup)\b")
-_MATRICES = ("simdgroup_matrix", "simdgroup_load", "simdgroup_multiply", "8x8")
 
 
 def _triple(of: str) -> str:
@@ -89,11 +90,14 @@ def metal_kernel(
                 name=name,
                 input_names=[f"{item}__in" for item in input_names],
                 output_names=[f"{item}__out" for item in output_names],
-                header=cuda_header(header, source),
-                source=cuda_body(
-                    source,
-                    [(item, *kind) for item, kind in zip(input_names, types, strict=True)],
-                    list(zip(output_names, output_dtypes, strict=True)),
+                header=_included(f"{name}-header", cuda_header(header)),
+                source=_included(
+                    name,
+                    cuda_body(
+                        source,
+                        [(item, *kind) for item, kind in zip(input_names, types, strict=True)],
+                        list(zip(output_names, output_dtypes, strict=True)),
+                    ),
                 ),
             )
         return made[key](
@@ -110,27 +114,26 @@ def metal_kernel(
 
 
 @cache
-def prelude(matrices: bool) -> str:
-    """The prelude without comments, since MLX copies a kernel's whole text at each call; with
-    Apple's matrices only for a text that names them."""
-    text = (HERE / "prelude.h").read_text()
-    begin, end = text.index("// ---- matrices"), text.index("}  // namespace metal\n\n// Names")
-    return _squeezed(text if matrices else text[:begin] + text[end:])
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    """Texts of this process. MLX copies the text of a kernel at each call, which for 30 KB takes
+    longer than a small kernel runs (15 us beside an H100), so it gets a line that includes it."""
+    return tempfile.TemporaryDirectory(prefix="mlxrewrite-")
 
 
-def _squeezed(text: str) -> str:
-    lines = (line.strip() for line in without_comments(text).splitlines())
-    return "\n".join(line for line in lines if line) + "\n"
+def _included(name: str, text: str) -> str:
+    """A line of text that stands for `text`."""
+    path = Path(_folder().name) / f"{name}-{sha256(text.encode()).hexdigest()[:16]}.h"
+    path.write_text(text)
+    return f'\n#include "{path}"\n'
 
 
-def cuda_header(header: str, source: str) -> str:
+def cuda_header(header: str) -> str:
     """The prelude, then a kernel's helpers in a namespace of their own."""
-    if "MATRIX_PIECES" in header:  # a dialect's own version stands for the text's
-        header = (HERE / "matrix.h").read_text()
-    matrices = any(word in header + source for word in _MATRICES)
+    pieces = (HERE / "matrix.h").read_text() if "MATRIX_PIECES" in header else ""
+    prelude = (HERE / "prelude.h").read_text()
     return (
-        f"{prelude(matrices)}\nnamespace msl_user {{\nMSL_NAMES\n"
-        f"{_squeezed(_spaces(header))}\n}}  // namespace msl_user\nusing namespace msl_user;\n"
+        f"{prelude}\nnamespace msl_user {{\nMSL_NAMES\n{pieces}\n"
+        f"{_spaces(header)}\n}}  // namespace msl_user\nusing namespace msl_user;\n"
     )
 
 
@@ -153,7 +156,7 @@ def cuda_body(
         if name in source:
             kind = ATTRIBUTES[name][0]
             lines.append(f"const {'metal::uint3' if kind == 'uint3' else kind} {name} = {value};")
-    return "\n".join([*lines, _squeezed(_spaces(source)), "}"])
+    return "\n".join([*lines, '#line 1 "kernel.metal"', _spaces(source), "}", ""])
 
 
 def _spaces(text: str) -> str:
