@@ -13,21 +13,32 @@ Since both arms of a choice compute the same, what decides between them does not
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from .ir import Method, Miss, Value
+from .attention import fetched_flow
+from .edits import insert, names_before, site_comment, spell
+from .ir import Effect, Evidence, Match, Method, Miss, Site, Value
 from .match import (
     Attend,
     Fetch,
     Mixer,
     every_value,
     is_none_test,
+    is_pipeline_tail,
     library_call,
-    live,
     same,
     uses,
 )
 from .program import Program
+from .rankings import Ranking, Selected, is_fetched, peel, peel_mask, ranking
+from .regions import (
+    Region,
+    problem_with,
+    region_of,
+    replace_region,
+    result_name,
+    verbatim,
+)
 from .softmax import is_lowest, number, turned_rows
 
 
@@ -46,7 +57,8 @@ class LatentAttention:
     """Attention over latents. `result` is what the code behind it uses.
 
     `content` are the queries that meet the latents: before their projection if `ups` are there (the
-    projections of keys and values), else after it. `absorbed` and `materialised` are the attention
+    projections of keys and values), else after it. `places` are the ranked positions that are read,
+    of all if None. `absorbed` and `materialised` are the attention
     calls of the arms.
     """
 
@@ -59,6 +71,7 @@ class LatentAttention:
     scale: Value
     mask: Value
     ups: tuple[Value, Value] | None
+    places: Value | None
     absorbed: Attend
     materialised: Attend | None
 
@@ -86,6 +99,7 @@ class _Reader:
     method: Method
     fetch: Fetch
     kind: str
+    selections: list[Selected] = field(default_factory=list)
 
     # ------------------------------------------------------------- the three spellings
 
@@ -173,7 +187,12 @@ class _Reader:
                 return self.miss("the projections are one matrix a head, used both ways", up)
         chosen = _choice(absorbed.keys)
         arms = chosen[1] if chosen is not None else (absorbed.keys,)
-        latent = next(arm for arm in arms if self.is_latent(arm))
+        latent = self.unselected(next(arm for arm in arms if self.is_latent(arm)))
+        places = self.selections[0] if self.selections else None
+        for other in self.selections[1:]:
+            alike = places is not None and other.places is places.places
+            if not alike or other.side != places.side or not same(other.test, places.test):
+                return self.miss("latents and rope keys are read at the same places", other.places)
         return LatentAttention(
             self.fetch,
             result,
@@ -184,6 +203,7 @@ class _Reader:
             scale,
             scores.mask,
             ups,
+            places.places if places is not None else None,
             absorbed,
             materialised,
         )
@@ -202,8 +222,15 @@ class _Reader:
         return self.is_fetched(spread[0] if spread else value, 1)
 
     def is_fetched(self, value: Value, position: int) -> bool:
-        found = live(value, self.mixer.is_cache)
-        return found.op == "item" and found.data == position and found.args[0] is self.fetch.call
+        return is_fetched(self.mixer, self.fetch, self.unselected(value), position)
+
+    def unselected(self, value: Value) -> Value:
+        """A fetched array before ranked places of it were read."""
+        peeled = peel(self.mixer.program, value)
+        if peeled is None:
+            return value
+        self.selections.append(peeled[1])
+        return peeled[0]
 
     def is_up_keys(self, value: Value, up: Value) -> bool:
         """`up(latent, transpose=False)`: the same matrices from the other side."""
@@ -271,6 +298,8 @@ class _Reader:
         mask, scores, _ = chosen
         if tested is not None and (tested is not mask or absent is not scores):
             return self.miss("scores are masked by what is tested, and are nothing else", value)
+        if mask.op == "phi" and self.selections:
+            mask = peel_mask(self.mixer.program, mask, self.selections[0]) or mask
         if mask.op != "param":
             return self.miss("the mask is passed on as it was made", mask)
         factor = None
@@ -282,6 +311,7 @@ class _Reader:
         turned = turned_rows(self.mixer.program, keys)
         if turned is None or not self.is_fetched(turned, 1):
             return self.miss("rope queries meet the fetched rope keys", keys)
+        turned = self.unselected(turned)
         if factor is None and rope.op == "binary" and rope.data == "*":
             rope, factor = rope.args
         return Scores(rope, turned, factor, mask)
@@ -363,3 +393,120 @@ def method_with_both(mixer: Mixer) -> Method | None:
     if len(found) == 1 and set(found) == both:
         return next(iter(found.values()))
     return None
+
+
+# ------------------------------------------------------------------- the rewrite
+
+
+def paged_latents(
+    mixer: Mixer, kind: str, evidence: list[Evidence], *, selected: bool = False
+) -> Match | Miss:
+    """The match on the kernel route, or what stands in its way.
+
+    With `selected`, attention must read ranked places, given by a class that is an indexer.
+    """
+    method = method_with_both(mixer)
+    if method is None:
+        return Miss(kind, 2, "one method fetches and attends")
+    found = latent_attention(mixer, method, kind)
+    if isinstance(found, Miss):
+        return found
+    if (found.places is not None) is not selected:
+        return Miss(kind, 2, f"{'only some' if selected else 'all'} positions are attended to")
+    if found.places is not None:
+        wrong = _no_ranking(mixer, method, found.places, kind)
+        if wrong is not None:
+            return wrong
+    flow = fetched_flow(mixer, method)
+    attends = [a.call for a in (found.absorbed, found.materialised) if a is not None]
+    spans = [value.span for value in (*flow.foreign, *flow.casts, *attends, found.result)]
+    tails = [effect for effect in method.effects if is_pipeline_tail(mixer.program, effect)]
+    held = {id(part) for effect in tails for part in _parts(effect)}
+    reads = [read for read in mixer.cache_reads() if id(read) not in held]
+    if reads:
+        return Miss(kind, 2, "caches are only fetched from", mixer.place(reads[0]))
+    region = region_of(method, spans)
+    if region is None:
+        return Miss(kind, 2, "attention stands in the method's own body", mixer.place(spans[0]))
+    inside = [effect for effect in tails if region.holds(effect.statement.span)]
+    problem = problem_with(region, found.result, inside)
+    if problem is not None:
+        where = mixer.place(problem)
+        return Miss(kind, 2, "the statements of attention serve nothing else", where)
+    name = result_name(region, found.result)
+    if name is None:
+        return Miss(kind, 2, "the output has a name", mixer.place(found.result))
+    call = _call(mixer, found, region, kind)
+    if isinstance(call, Miss):
+        return call
+    text = f"# mlxrewrite: {kind} reads latents from pages, for any number of tokens\n"
+    fetch = found.fetch
+    comment = f"{kind} keeps latent and rope key side by side in pages"
+    edits = (
+        site_comment(mixer.source, fetch.effect, comment, kind),
+        insert(fetch.call.args[0].span.end, "_latents", kind),
+        replace_region(mixer.source, region, f"{text}{name} = {call}", kind),
+    )
+    evidence = [*evidence, mixer.evidence("absorbed", found.absorbed.call)]
+    if found.materialised is not None:
+        evidence.append(mixer.evidence("materialised", found.materialised.call))
+    evidence += [mixer.evidence("one matrix a head, used both ways", up) for up in found.ups or ()]
+    if found.places is not None:
+        evidence.append(mixer.evidence("places ranked by an indexer", found.places))
+    sites = (
+        Site("update_and_fetch_latents", mixer.place(fetch.call)),
+        Site("paged_latent_attention", mixer.place(found.absorbed.call)),
+    )
+    features = ("absorbed only",) if found.ups is None else ()
+    features += ("ranked positions only",) if found.places is not None else ()
+    names = ("paged_latent_attention",)
+    cls = mixer.cls.qualified
+    return Match(kind, "kernel", cls, features, tuple(evidence), sites, edits, names)
+
+
+def _no_ranking(mixer: Mixer, method: Method, places: Value, kind: str) -> Miss | None:
+    """Why places do not come from an indexer that is rewritten too; None if they do."""
+    reached = mixer.program.callees(places, mixer.cls, method) if places.op == "call" else []
+    ranked = [isinstance(ranking(Mixer(mixer.program, cls), kind), Ranking) for cls, _ in reached]
+    if reached and all(ranked):
+        return None
+    return Miss(kind, 2, "places come from an indexer", mixer.place(places))
+
+
+def _parts(effect: Effect) -> Iterator[Value]:
+    for value in (effect.value, effect.target):
+        if value is not None:
+            yield from value.walk()
+
+
+def _call(mixer: Mixer, found: LatentAttention, region: Region, kind: str) -> str | Miss:
+    """The text of the call, in names as they are before the replaced statements."""
+    method = found.absorbed.method
+    names = names_before(method, region.statements[0].span)
+    texts: dict[str, str] = {}
+    up_keys, up_values = found.ups or (None, None)
+    for role, value in (
+        ("queries", found.content),
+        ("rope queries", found.rope),
+        ("latent", found.latent),
+        ("rope key", found.rope_key),
+        ("projection of keys", up_keys),
+        ("projection of values", up_values),
+        ("scale", found.scale),
+        ("mask", found.mask),
+        ("places", found.places),
+    ):
+        if value is None:
+            continue
+        text = spell(mixer.source, value, names)
+        text = text or verbatim(mixer.source, method, value, names)
+        if text is None:
+            return Miss(kind, 2, f"the {role} can be named", mixer.place(value))
+        texts[role] = text
+    words = list(texts.values())
+    lines = [", ".join(words[:4])]
+    if found.ups is not None:
+        lines.append(", ".join(words[4:6]))
+    last = f"scale={texts['scale']}, mask={texts['mask']}"
+    lines.append(last + (f", places={texts['places']}" if "places" in texts else ""))
+    return "paged_latent_attention(\n" + "".join(f"    {line},\n" for line in lines) + ")"

@@ -143,7 +143,7 @@ class Mixer:
             target = effect.target
             if effect.kind != "store" or target is None or target.op != "index":
                 continue
-            if _is_pipeline_tail(self.program, effect):
+            if is_pipeline_tail(self.program, effect):
                 continue
             base = live(target.args[0])
             if any(id(part) in self.caches for part in _through(base)):
@@ -165,7 +165,7 @@ class Mixer:
             tails = {
                 id(value)
                 for effect in method.effects
-                if _is_pipeline_tail(self.program, effect)
+                if is_pipeline_tail(self.program, effect)
                 for value in (effect.target, *effect.value.args)
             }
             for value in every_value(method):
@@ -299,7 +299,7 @@ _BASE_ORDER = ("queries", "keys", "values", "cache", "scale", "mask", "sinks")
 _FAST_ORDER = ("q", "k", "v")
 
 
-def _is_pipeline_tail(program: Program, effect: Effect) -> bool:
+def is_pipeline_tail(program: Program, effect: Effect) -> bool:
     """`x.keys = mx.depends(x.keys, h)`: keeps a send in the graph, stores nothing new."""
     if effect.kind != "store" or effect.target is None:
         return False

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 
 from .edits import names_before, replace
-from .ir import Assign, AugAssign, Edit, Expr, For, Method, Source, Span, Stmt, Value
+from .ir import Assign, AugAssign, Edit, Effect, Expr, For, Method, Source, Span, Stmt, Value
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -51,23 +51,43 @@ def region_of(method: Method, places: Iterable[Span]) -> Region | None:
     return Region(method, min(found), max(found)) if found else None
 
 
-def problem_with(region: Region, result: Value) -> Value | Span | None:
+def problem_with(
+    region: Region, result: Value, spared: Iterable[Effect] = ()
+) -> Value | Span | None:
     """Where a region does something else than compute `result`; None if it may be replaced.
 
     Every call in it is needed for the result, nothing is stored or returned, and no name that it
-    binds is read behind it but the one that holds the result.
+    binds is read behind it but the one that holds the result. `spared` effects may go.
     """
     needed = {id(value) for value in result.walk()}
+    needed |= {id(part) for effect in spared for part in effect.value.walk()}
+    allowed = set(map(id, spared))
     for effect in region.method.effects:
+        if id(effect) in allowed or _fills_own_list(effect, region):
+            continue
         inside = region.holds(effect.statement.span)
         if inside and (effect.kind != "call" or id(effect.value) not in needed):
             return effect.value
     keeps = result_name(region, result)
-    bound = set(_bound(region.statements)) - {keeps}
-    for statement in region.method.function.body[region.last + 1 :]:
-        for part in _expressions(statement):
-            if part.op == "name" and part.data in bound:
-                return part.span
+    bound = set(bound_names(region.statements)) - {keeps}
+    return read_of(bound, region.method.function.body[region.last + 1 :])
+
+
+def _fills_own_list(effect: Effect, region: Region) -> bool:
+    """`shape[-1] = n`, where `shape = list(...)` is made in the region."""
+    if effect.kind != "store" or effect.target is None or effect.target.op != "index":
+        return False
+    made = effect.target.args[0]
+    called = made.op == "call" and made.args[0].op == "global"
+    return called and made.args[0].data == "builtins.list" and region.holds(made.span)
+
+
+def read_of(names: Iterable[str], statements: Iterable[Stmt]) -> Span | None:
+    """The first place in statements where one of the names stands."""
+    wanted = set(names)
+    for part in _expressions(tuple(statements)):
+        if part.op == "name" and part.data in wanted:
+            return part.span
     return None
 
 
@@ -102,7 +122,7 @@ def verbatim(source: Source, method: Method, value: Value, names: dict[str, Valu
     return source.text(value.span)
 
 
-def _bound(statements: Iterable[Stmt]) -> Iterator[str]:
+def bound_names(statements: Iterable[Stmt]) -> Iterator[str]:
     """Names that statements at any depth give a value."""
     for node in _nodes(tuple(statements)):
         targets: tuple[Expr, ...] = ()

@@ -99,7 +99,11 @@ def restore(cache: PagedCache, footprint: Footprint, caches: Sequence[Any], leng
     cache.open_step()
     for path in sorted(footprint.entries):
         leaf = cache.leaves[path]
-        write = leaf.pool.write_latents if path in footprint.latents else leaf.pool.write
+        write = leaf.pool.write
+        if path in footprint.latents:
+            write = leaf.pool.write_latents
+        elif path in footprint.indices:
+            write = leaf.pool.write_index
         table = cache.tables(sequence)[leaf.group]
         _to_blocks(cache, leaf, _at(caches, path), length, write, table)
     for path in sorted(footprint.states):
@@ -142,7 +146,9 @@ def _from_blocks(cache: PagedCache, leaf: Leaf, table: BlockTable, length: int) 
         values = None
         if pool.value_dim is not None:
             values = mx.zeros((1, pool.kv_heads, 0, pool.value_dim), dtype)
-    if values is None:  # latents beside their rope keys, which mlx_lm keeps as keys and values
+    if leaf.pool.index:
+        values = mx.zeros_like(keys)
+    elif values is None:  # latents beside their rope keys, which mlx_lm keeps as keys and values
         keys, values = mx.split(keys, [leaf.pool.rank or 0], axis=-1)
     keys, values = keys.astype(dtype), values.astype(dtype)
     found = spec.original()

@@ -14,12 +14,14 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import mlx.core as mx
+import numpy as np
 from mlxrewrite.kernels import policy
 from mlxrewrite.kernels.ops import Ragged
 from mlxrewrite.kernels.reference import first_seen
 
 from .masks import MaskSpec, seen_through
 from .pools import EntryPool
+from .rankings import Selection
 from .views import Handle
 
 
@@ -33,6 +35,7 @@ def paged_latent_attention(
     *,
     scale: float,
     mask: MaskSpec,
+    places: Selection | None = None,
 ) -> mx.array:
     """Attend each row to the latents of its own sequence, by their content and their rope keys.
 
@@ -40,7 +43,8 @@ def paged_latent_attention(
     `ropes` are what `update_and_fetch_latents` returned. `up_keys` and `up_values` are the layer's
     projections of a latent to keys [N] and values [Dv] of each head, `up_keys(x)` being its
     transpose unless called with `transpose=False`. Returns [T, H, 1, Dv]. Without projections the
-    content has the width of a latent already, and so has the result. DeepSeek-V2, arXiv 2405.04434.
+    content has the width of a latent already, and so has the result. With `places`, a row sees only
+    those of its positions that `paged_top_positions` ranked best. DeepSeek-V2, arXiv 2405.04434.
     """
     if not (isinstance(latents, Handle) and isinstance(ropes, Handle)):
         raise TypeError(
@@ -55,14 +59,17 @@ def paged_latent_attention(
     window, chunk = seen_through(mask, leaf.retention, "paged_latent_attention")
     ragged = batch.ragged[leaf.group]
     assert ragged is not None  # the write of this step needed it
-    return attend(
-        leaf.pool,
-        ragged,
-        Queries(content, rope, up_keys, up_values),
-        scale=scale,
-        window=window,
-        chunk=chunk,
-    )
+    queries = Queries(content, rope, up_keys, up_values)
+    if places is None:
+        return attend(leaf.pool, ragged, queries, scale=scale, window=window, chunk=chunk)
+    if not isinstance(places, Selection) or places.ragged is not ragged:
+        raise TypeError(
+            "paged_latent_attention: expected places that `paged_top_positions` ranked in this "
+            f"step, in a cache with the same blocks, got {places!r}"
+        )
+    if (window, chunk) != (None, None):
+        raise TypeError("paged_latent_attention: no op attends to ranked positions of a window")
+    return attend_selected(leaf.pool, ragged, queries, places, scale=scale)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -115,22 +122,113 @@ def attend(
     long = _long(ragged, queries, rank)
     if not any(long):
         return _absorbed(pool, ragged, queries, scale=scale, **seen)
-    split = _split(ragged, long)
-    short = None
+
+    def absorbed(rest: Ragged, chosen: Queries) -> mx.array:
+        return _absorbed(pool, rest, chosen, scale=scale, **seen)
+
+    def materialised(sequence: int) -> mx.array:
+        return _materialised(pool, ragged, sequence, queries, scale=scale, **seen)
+
+    return _apart(ragged, long, queries, materialised, absorbed)
+
+
+def attend_selected(
+    pool: EntryPool, ragged: Ragged, queries: Queries, places: Selection, *, scale: float
+) -> mx.array:
+    """The same where the rows of some sequences see ranked positions only: [T, H, 1, Dv]."""
+
+    def everything(rest: Ragged, chosen: Queries) -> mx.array:
+        return attend(pool, rest, chosen, scale=scale, window=None, chunk=None)
+
+    if places.positions is None:
+        return everything(ragged, queries)
+    rows = [ragged.starts[i : i + 2] for i, cut in enumerate(places.chosen) if cut]
+    taken = dict(zip([start for start, _ in rows], _offsets(rows), strict=True))
+    mine = queries.join(ragged.once(("selected", places.chosen), lambda: _rows_of(rows)))
+    found = _selected(pool, ragged, mine, places, scale=scale)
+
+    def part(sequence: int) -> mx.array:
+        first = taken[ragged.starts[sequence]]
+        return found[first : first + ragged.query_lens[sequence]]
+
+    return _apart(ragged, places.chosen, queries, part, everything)
+
+
+def _apart(
+    ragged: Ragged,
+    flags: tuple[bool, ...],
+    queries: Queries,
+    alone: Callable[[int], mx.array],
+    together: Callable[[Ragged, Queries], mx.array],
+) -> mx.array:
+    """Flagged sequences one by one, the rest as a step of its own; all rows in their order."""
+    split = _split(ragged, flags)
+    rest = None
     if split.rest is not None and split.rest_rows is not None:
-        chosen = queries.join(split.rest_rows)
-        short = _absorbed(pool, split.rest, chosen, scale=scale, **seen)
+        rest = together(split.rest, queries.join(split.rest_rows))
     parts, taken = [], 0
-    for is_long, run in groupby(range(len(long)), lambda i: long[i]):
+    for flagged, run in groupby(range(len(flags)), lambda i: flags[i]):
         members = list(run)
-        if is_long:
-            parts += [_materialised(pool, ragged, i, queries, scale=scale, **seen) for i in members]
+        if flagged:
+            parts += [alone(i) for i in members]
         else:
-            assert short is not None
+            assert rest is not None
             count = sum(ragged.query_lens[i] for i in members)
-            parts.append(short[taken : taken + count])
+            parts.append(rest[taken : taken + count])
             taken += count
     return parts[0] if len(parts) == 1 else mx.concatenate(parts)
+
+
+def _rows_of(spans: list[tuple[int, ...]]) -> mx.array:
+    return mx.array([row for start, stop in spans for row in range(start, stop)], mx.int32)
+
+
+def _offsets(spans: list[tuple[int, ...]]) -> list[int]:
+    """Where each span begins if they lie side by side."""
+    return [sum(stop - start for start, stop in spans[:i]) for i in range(len(spans))]
+
+
+def _selected(
+    pool: EntryPool, ragged: Ragged, queries: Queries, places: Selection, *, scale: float
+) -> mx.array:
+    """Absorbed attention of each row to its own places: [R, H, 1, Dv]."""
+    positions, rank = places.positions, pool.rank
+    assert positions is not None and rank is not None
+    if any(ragged.dropped):
+        raise TypeError("ranked positions may lie in blocks that were given back")
+    chosen = [i for i, cut in enumerate(places.chosen) if cut]
+    width, size = ragged.block_tables.shape[1], pool.block_size
+
+    def owners() -> mx.array:
+        lengths = [ragged.query_lens[i] for i in chosen]
+        return mx.array(np.repeat(np.array(chosen) * width, lengths).astype(np.int32))[:, None]
+
+    def limits() -> mx.array:
+        ends = [np.arange(*ragged.starts[i : i + 2]) for i in chosen]
+        return mx.array(ragged.host_positions[np.concatenate(ends)].astype(np.int32))[:, None]
+
+    first = ragged.once(("table starts", places.chosen), owners)
+    limit = ragged.once(("own positions", places.chosen), limits)
+    blocks = ragged.block_tables.reshape(-1)[first + positions // size]
+    slots, seen = blocks * size + positions % size, (positions <= limit)[:, None, None]
+    content = queries.content
+    if queries.up_keys is not None:
+        content = _by_head(queries.up_keys, content)
+    if queries.rope.shape[-1]:
+        content = mx.concatenate([content, queries.rope], axis=-1)
+    bytes_of_row = positions.shape[1] * content.shape[3] * content.dtype.size
+    step = max(1, policy.SELECTED_BYTES // bytes_of_row)
+    parts = []
+    for start in range(0, content.shape[0], step):
+        part = slice(start, start + step)
+        keys = pool.entries_at(slots[part])[:, None].astype(content.dtype)
+        parts.append(
+            mx.fast.scaled_dot_product_attention(
+                content[part], keys, keys[..., :rank], scale=scale, mask=seen[part]
+            )
+        )
+    out = parts[0] if len(parts) == 1 else mx.concatenate(parts)
+    return out if queries.up_values is None else _by_head(queries.up_values, out)
 
 
 def _long(ragged: Ragged, queries: Queries, rank: int) -> tuple[bool, ...]:

@@ -22,8 +22,9 @@ class Footprint:
     """What a model keeps in blocks: bytes of one block of all layers of each group.
 
     A group that pages nothing costs nothing. `entries` are the cache entries that are paged, by
-    index and path, `latents` those of them that hold latents, `states` those with a slot for each
-    sequence, of `state_bytes` together; `everything` says that there are no others than paged ones.
+    index and path, `latents` and `indices` those of them that hold latents and keys to rank,
+    `states` those with a slot for each sequence, of `state_bytes` together; `everything` says that
+    there are no others than paged ones.
     """
 
     block_size: int
@@ -34,6 +35,7 @@ class Footprint:
     states: frozenset[tuple[int, ...]] = frozenset()
     state_bytes: int = 0
     latents: frozenset[tuple[int, ...]] = frozenset()
+    indices: frozenset[tuple[int, ...]] = frozenset()
 
 
 def footprint(model: object, block_size: int, dtype: mx.Dtype | None = None) -> Footprint:
@@ -48,6 +50,7 @@ def footprint(model: object, block_size: int, dtype: mx.Dtype | None = None) -> 
     slots = {key: leaf for key, leaf in cache.states.items() if leaf.table.used}
     size = sum(array.nbytes for leaf in slots.values() for array in leaf.table.arrays())
     everything = cache.pages_everything
+    indices = frozenset(key for key, leaf in made if leaf.pool.index)
     latents = frozenset(key for key, leaf in made if leaf.pool.rank is not None)
     return Footprint(
         block_size,
@@ -58,6 +61,7 @@ def footprint(model: object, block_size: int, dtype: mx.Dtype | None = None) -> 
         frozenset(slots),
         size,
         latents,
+        indices,
     )
 
 

@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 from mlxrewrite.kernels import ops
 from mlxrewrite.kernels.ops import Ragged
+from mlxrewrite.kernels.policy import writes_in_place
 
 
 class EntryPool:
@@ -16,7 +17,8 @@ class EntryPool:
 
     The first write makes the pool, from the shapes and the type of what is written; `dtype`
     overrides the type. With `poison`, blocks that nobody holds are NaN. Latents lie side by side
-    with their rope keys, as keys without values; `rank` is then the width of a latent.
+    with their rope keys, as keys without values; `rank` is then the width of a latent. Keys that
+    are only ranked (`index`) have no values either.
     """
 
     __slots__ = (
@@ -24,6 +26,7 @@ class EntryPool:
         "_rows_dtype",
         "block_size",
         "dtype",
+        "index",
         "num_blocks",
         "poison",
         "rank",
@@ -38,6 +41,7 @@ class EntryPool:
         self.dtype = dtype
         self.poison = poison
         self.rank: int | None = None
+        self.index = False
         self.serial = -1
         self._pool: ops.Pool | None = None
         self._rows_dtype = mx.float32
@@ -74,6 +78,16 @@ class EntryPool:
         joined = mx.concatenate([latents, ropes], axis=-1) if ropes.shape[-1] else latents
         self.write(joined, None, ragged, serial)
         self.rank = rank
+
+    def write_index(
+        self, keys: mx.array, values: mx.array, ragged: Ragged | None, serial: int
+    ) -> None:
+        """Store a step's rows of keys that are only ranked, [T, 1, 1, D]; once per step."""
+        del values  # mlx_lm's caches want some; nobody reads them
+        if self.made and not self.index:
+            raise TypeError("keys to rank are written where other keys lie")
+        self.write(keys, None, ragged, serial)
+        self.index = True
 
     def write(
         self, keys: mx.array, values: mx.array | None, ragged: Ragged | None, serial: int
@@ -125,6 +139,17 @@ class EntryPool:
         keys: mx.array
         keys, _, self._pool = ops.gather(self.pool, ragged, sequence, low)
         return keys
+
+    def entries_at(self, slots: mx.array) -> mx.array:
+        """The keys of one head at slots of the pool: int32 [...] -> [..., Dk]."""
+        pool = self.pool
+        keys = pool.keys
+        if writes_in_place():  # a read behind MLX's graph: between the writes before and after it
+            keys = mx.depends(keys, pool.token)
+        found = keys.flatten(0, 1)[slots, 0] if pool.layout == "pages" else keys[0][slots]
+        if writes_in_place():
+            self._pool = replace(pool, token=mx.depends(pool.token, found))
+        return found
 
     def require_written(self, serial: int) -> None:
         if self.serial != serial:

@@ -65,7 +65,7 @@ class Handle(Opaque):
     def shape(self) -> tuple[int, int, mx.array, int]:
         pool, rank = self.leaf.pool.pool, self.leaf.pool.rank or 0
         widths = {"keys": pool.key_dim, "values": pool.value_dim or 0}
-        widths |= {"latents": rank, "ropes": pool.key_dim - rank}
+        widths |= {"latents": rank, "ropes": pool.key_dim - rank, "index": pool.key_dim}
         return (self.batch.num_rows, pool.kv_heads, self.batch.positions + 1, widths[self.role])
 
     @property
@@ -127,6 +127,12 @@ class PagedView(View):
         leaf, batch = self._writable(), self.batch
         leaf.pool.write_latents(latents, ropes, batch.ragged[leaf.group], batch.serial)
         return Handle(leaf, batch, "latents"), Handle(leaf, batch, "ropes")
+
+    def update_and_fetch_index(self, keys: mx.array, values: mx.array) -> tuple[Handle, None]:
+        """Write this step's rows of keys that are only ranked, [T, 1, 1, D]; no values."""
+        leaf, batch = self._writable(), self.batch
+        leaf.pool.write_index(keys, values, batch.ragged[leaf.group], batch.serial)
+        return Handle(leaf, batch, "index"), None
 
     def _writable(self) -> Leaf:
         if self.leaf.per_sequence:

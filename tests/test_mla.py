@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -14,8 +15,9 @@ import pytest
 from mlx_lm.models.mla import MultiLinear
 from mlxrewrite.kernels import launch, policy
 from mlxrewrite.kernels.ops import Ragged
-from mlxrewrite.runtime import latents, sites
+from mlxrewrite.runtime import latents, rankings, sites
 from mlxrewrite.runtime.cache import PagedCache
+from mlxrewrite.runtime.caches import KVCache, Retention
 from mlxrewrite.runtime.errors import OutOfBlocks
 from mlxrewrite.runtime.extract import extract, restore
 from mlxrewrite.runtime.load import original_module, rewritten_module
@@ -23,6 +25,7 @@ from mlxrewrite.runtime.masks import MaskSpec
 from mlxrewrite.runtime.memory import footprint
 from mlxrewrite.runtime.pools import EntryPool
 from mlxrewrite.runtime.verify import verify
+from mlxrewrite.runtime.views import Handle, Leaf
 from mlxrewrite.runtime.weights import randomise
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -190,11 +193,14 @@ def test_models_agree_in_either_form(monkeypatch, rule, name):
     assert bool(used["_absorbed"]) is (rule is not always)
 
 
-def test_a_model_on_the_text_of_the_kernels(monkeypatch):
+@pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v32"])
+def test_a_model_on_the_text_of_the_kernels(monkeypatch, name):
     """The Metal text for latent pools, on the CPU runner, under a whole model: every kernel of the
     route runs (single rows, many rows, writes, gathered pages)."""
-    config = json.loads((CONFIGS / "deepseek_v3.json").read_text())
+    config = json.loads((CONFIGS / f"{name}.json").read_text())
     config |= {"kv_lora_rank": 32, "qk_rope_head_dim": 16, "num_hidden_layers": 2}
+    if name == "deepseek_v32":
+        config |= {"index_topk": 20, "index_head_dim": 32}
     used = set()
     plain = launch.MetalKernel.__call__
 
@@ -226,7 +232,7 @@ def last_logits(model, tokens: list[int]) -> np.ndarray:
     return np.array(model(mx.array([tokens]))[0, -1])
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "longcat_flash", "mistral4"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "longcat_flash", "mistral4", "deepseek_v32"])
 def test_latent_pools_are_shared_cut_back_and_copied(name):
     """`adopt` with a partly shared block, `truncate`, and both sequences going their own ways."""
     original, rewritten = pair(name)
@@ -255,7 +261,7 @@ def test_latent_pools_are_shared_cut_back_and_copied(name):
         cache.step({cache.add_sequence(): list(range(65))})
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "longcat_flash"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "longcat_flash", "deepseek_v32"])
 def test_prompt_caches_come_out_of_pages_and_go_back(name):
     original, rewritten = pair(name)
     cache = PagedCache(rewritten, 4, num_blocks=16, poison=True, shuffle_seed=1)
@@ -281,6 +287,75 @@ def test_a_latent_entry_is_as_wide_as_latent_and_rope_key():
             assert (leaf.pool.rank, leaf.pool.pool.key_dim) == (24, 32)
             assert leaf.pool.pool.kv_heads == 1
             assert leaf.pool.pool.nbytes == 2 * 4 * 32 * 4
+
+
+# ------------------------------------------------------------------------- ranked positions
+
+
+def test_the_best_positions_are_those_of_each_rows_own_sequence():
+    """Single rows side by side, several rows of one sequence, and sequences with too few."""
+    size, count, width, heads = 4, 5, 16, 3
+    lengths = [(1, 9), (4, 12), (1, 3), (1, 21), (2, 6)]  # rows in the last step, positions
+    chance = np.random.default_rng(3)
+    blocks = list(chance.permutation(40))
+    tables = [[int(blocks.pop()) for _ in range(-(-end // size))] for _, end in lengths]
+    stored = [chance.standard_normal((end, width), np.float32) for _, end in lengths]
+    pool = EntryPool(40, size, poison=True)
+    before = [i for i, (rows, end) in enumerate(lengths) if end > rows]
+    steps = [
+        ([lengths[i][1] - lengths[i][0] for i in before], before),
+        ([rows for rows, _ in lengths], list(range(len(lengths)))),
+    ]
+    for serial, (counts, members) in enumerate(steps):
+        ends = [lengths[i][1] if serial else n for n, i in zip(counts, members, strict=True)]
+        step = Ragged.build(counts, ends, [tables[i] for i in members], size)
+        new = [stored[i][end - n : end] for i, end, n in zip(members, ends, counts, strict=True)]
+        keys = mx.array(np.concatenate(new))[:, None, None]
+        pool.write_index(keys, keys, step, serial)
+    total = step.num_rows
+    queries = chance.standard_normal((total, heads, 1, width), np.float32)
+    weights = chance.standard_normal((total, heads, 1, 1), np.float32)
+    leaf = Leaf(KVCache(), Retention(), 0, 0, (), pool)
+    batch = SimpleNamespace(ragged=(step,))
+    best = rankings.paged_top_positions(
+        mx.array(queries),
+        Handle(leaf, batch, "index"),
+        mx.array(weights),
+        count,
+        mask=MaskSpec(),
+    )
+    assert best.chosen == (True, True, False, True, True)
+    found, taken = np.array(best.positions), 0
+    for i, (rows, end) in enumerate(lengths):
+        for row in range(rows) if best.chosen[i] else ():
+            at, position = step.starts[i] + row, end - rows + row
+            products = np.einsum("hd,sd->hs", queries[at, :, 0], stored[i][: position + 1])
+            scores = (np.maximum(products, 0) * weights[at, :, 0]).sum(0)
+            wanted = set(np.argsort(-scores)[:count].tolist())
+            mine = {place for place in found[taken].tolist() if place <= position}
+            assert wanted == mine, (i, row)
+            taken += 1
+    assert taken == len(found)
+
+
+@pytest.mark.parametrize("limit", [1, 1 << 28])
+def test_ranked_positions_are_read_in_pieces_that_fit(monkeypatch, limit):
+    monkeypatch.setattr(policy, "SELECTED_BYTES", limit)
+    report = verify(CONFIGS / "deepseek_v32.json", seed=5)
+    assert report.passed and report.route == "kernel", report.text()
+
+
+def test_later_positions_of_a_piece_are_not_looked_at(monkeypatch):
+    """The comparison sees it: a row with fewer positions than wanted gets later ones too."""
+    plain = mx.fast.scaled_dot_product_attention
+
+    def careless(queries, keys, values, *, scale, mask=None, **rest):
+        if isinstance(mask, mx.array) and mask.dtype == mx.bool_ and mask.ndim == 4:
+            mask = mx.ones_like(mask)
+        return plain(queries, keys, values, scale=scale, mask=mask, **rest)
+
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", careless)
+    assert not verify(CONFIGS / "deepseek_v32.json", seed=5).passed
 
 
 # ------------------------------------------------------------------------- misuse
@@ -334,3 +409,16 @@ def test_the_benchmark_runs_on_small_sizes(tmp_path):
     assert set(decode["us_per_layer"]) == {"mlx_lm", "mlxrewrite"}
     assert set(prefill["us_per_layer"]) >= {"absorbed", "materialised"}
     assert min(decode["us_per_layer"].values()) > 0 and decode["bound"] in ("bytes", "arithmetic")
+
+
+def test_ranked_positions_belong_to_their_step():
+    content, rope = mx.zeros((1, 4, 1, 24)), mx.zeros((1, 4, 1, 8))
+    one, two = handles("update_and_fetch_latents")
+    stale = rankings.Selection((False,), None, Ragged.build([1], [1], [[0]], 4))
+    for places in (stale, mx.zeros((1, 1, 1, 4), mx.int32)):
+        with pytest.raises(TypeError, match="in this step"):
+            latents.paged_latent_attention(
+                content, rope, one, two, scale=1.0, mask=MaskSpec(), places=places
+            )
+    with pytest.raises(TypeError, match="update_and_fetch_index"):
+        rankings.paged_top_positions(content, one, rope[..., :1], 4, mask=MaskSpec())

@@ -13,13 +13,11 @@ Becomes     one page entry a position that holds latent and rope key side by sid
 
 from __future__ import annotations
 
-from ..attention import fetched_flow
-from ..edits import insert, names_before, site_comment, spell
-from ..ir import Evidence, Match, Miss, Site, Value
-from ..latents import LatentAttention, latent_attention, method_with_both
+from ..ir import Evidence, Match, Miss, Value
+from ..latents import paged_latents
 from ..match import Mixer
 from ..per_sequence import per_sequence
-from ..regions import Region, problem_with, region_of, replace_region, result_name, verbatim
+from ..rankings import ranks
 from . import Counter, Example
 
 NAME = "latent_mla"
@@ -33,91 +31,16 @@ def match(mixer: Mixer) -> Match | Miss:
     scored = [a for a in mixer.attends if a.mask is not None and _is_scores(mixer, a.mask)]
     if not scored:
         return Miss(NAME, 1, "scores of the rope part are the mask of attention")
+    if ranks(mixer):
+        return Miss(NAME, 1, "keys are not ranked")
     evidence = [mixer.evidence("latent and rope key fetched", f.call) for f in mixer.fetches]
     evidence += [mixer.evidence("rope scores as mask", a.mask or a.call) for a in scored]
-    paged = _paged(mixer, evidence)
+    paged = paged_latents(mixer, NAME, evidence)
     if isinstance(paged, Match):
         return paged
     place = paged.place or evidence[0].place
     evidence.append(Evidence(f"not paged, for it is not proved: {paged.missing}", place))
     return per_sequence(mixer, NAME, evidence)
-
-
-def _paged(mixer: Mixer, evidence: list[Evidence]) -> Match | Miss:
-    """The match on the kernel route, or what stands in its way."""
-    method = method_with_both(mixer)
-    if method is None:
-        return Miss(NAME, 2, "one method fetches and attends")
-    found = latent_attention(mixer, method, NAME)
-    if isinstance(found, Miss):
-        return found
-    flow = fetched_flow(mixer, method)
-    attends = [a.call for a in (found.absorbed, found.materialised) if a is not None]
-    places = [value.span for value in (*flow.foreign, *flow.casts, *attends, found.result)]
-    region = region_of(method, places)
-    if region is None:
-        return Miss(NAME, 2, "attention stands in the method's own body", mixer.place(places[0]))
-    problem = problem_with(region, found.result)
-    if problem is not None:
-        where = mixer.place(problem)
-        return Miss(NAME, 2, "the statements of attention serve nothing else", where)
-    name = result_name(region, found.result)
-    if name is None:
-        return Miss(NAME, 2, "the output has a name", mixer.place(found.result))
-    call = _call(mixer, found, region)
-    if isinstance(call, Miss):
-        return call
-    text = f"# mlxrewrite: {NAME} reads latents from pages, for any number of tokens\n"
-    text += f"{name} = {call}"
-    fetch = found.fetch
-    comment = f"{NAME} keeps latent and rope key side by side in pages"
-    edits = (
-        site_comment(mixer.source, fetch.effect, comment, NAME),
-        insert(fetch.call.args[0].span.end, "_latents", NAME),
-        replace_region(mixer.source, region, text, NAME),
-    )
-    evidence = [*evidence, mixer.evidence("absorbed", found.absorbed.call)]
-    if found.materialised is not None:
-        evidence.append(mixer.evidence("materialised", found.materialised.call))
-    evidence += [mixer.evidence("one matrix a head, used both ways", up) for up in found.ups or ()]
-    sites = (
-        Site("update_and_fetch_latents", mixer.place(fetch.call)),
-        Site("paged_latent_attention", mixer.place(found.absorbed.call)),
-    )
-    features = ("absorbed only",) if found.ups is None else ()
-    names = ("paged_latent_attention",)
-    cls = mixer.cls.qualified
-    return Match(NAME, "kernel", cls, features, tuple(evidence), sites, edits, names)
-
-
-def _call(mixer: Mixer, found: LatentAttention, region: Region) -> str | Miss:
-    """The text of the call, in names as they are before the replaced statements."""
-    names = names_before(found.absorbed.method, region.statements[0].span)
-    texts = []
-    up_keys, up_values = found.ups or (None, None)
-    for role, value in (
-        ("queries", found.content),
-        ("rope queries", found.rope),
-        ("latent", found.latent),
-        ("rope key", found.rope_key),
-        ("projection of keys", up_keys),
-        ("projection of values", up_values),
-        ("scale", found.scale),
-        ("mask", found.mask),
-    ):
-        if value is None:
-            texts.append("")
-            continue
-        text = spell(mixer.source, value, names)
-        text = text or verbatim(mixer.source, found.absorbed.method, value, names)
-        if text is None:
-            return Miss(NAME, 2, f"the {role} can be named", mixer.place(value))
-        texts.append(text)
-    lines = [", ".join(texts[:4])]
-    if found.ups is not None:
-        lines.append(", ".join(texts[4:6]))
-    lines.append(f"scale={texts[6]}, mask={texts[7]}")
-    return "paged_latent_attention(\n" + "".join(f"    {line},\n" for line in lines) + ")"
 
 
 def _is_scores(mixer: Mixer, mask: Value) -> bool:
