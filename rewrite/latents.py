@@ -189,9 +189,10 @@ class _Reader:
         arms = chosen[1] if chosen is not None else (absorbed.keys,)
         latent = self.unselected(next(arm for arm in arms if self.is_latent(arm)))
         places = self.selections[0] if self.selections else None
-        for other in self.selections[1:]:
-            alike = places is not None and other.places is places.places
-            if not alike or other.side != places.side or not same(other.test, places.test):
+        for other in self.selections:
+            assert places is not None
+            alike = other.places is places.places and other.side == places.side
+            if not alike or not same(other.test, places.test):
                 return self.miss("latents and rope keys are read at the same places", other.places)
         return LatentAttention(
             self.fetch,
@@ -457,11 +458,11 @@ def paged_latents(
         Site("update_and_fetch_latents", mixer.place(fetch.call)),
         Site("paged_latent_attention", mixer.place(found.absorbed.call)),
     )
-    features = ("absorbed only",) if found.ups is None else ()
-    features += ("ranked positions only",) if found.places is not None else ()
+    features = ["absorbed only"] if found.ups is None else []
+    features += ["ranked positions only"] if found.places is not None else []
     names = ("paged_latent_attention",)
     cls = mixer.cls.qualified
-    return Match(kind, "kernel", cls, features, tuple(evidence), sites, edits, names)
+    return Match(kind, "kernel", cls, tuple(features), tuple(evidence), sites, edits, names)
 
 
 def _no_ranking(mixer: Mixer, method: Method, places: Value, kind: str) -> Miss | None:
@@ -503,10 +504,6 @@ def _call(mixer: Mixer, found: LatentAttention, region: Region, kind: str) -> st
         if text is None:
             return Miss(kind, 2, f"the {role} can be named", mixer.place(value))
         texts[role] = text
-    words = list(texts.values())
-    lines = [", ".join(words[:4])]
-    if found.ups is not None:
-        lines.append(", ".join(words[4:6]))
-    last = f"scale={texts['scale']}, mask={texts['mask']}"
-    lines.append(last + (f", places={texts['places']}" if "places" in texts else ""))
-    return "paged_latent_attention(\n" + "".join(f"    {line},\n" for line in lines) + ")"
+    named = ("scale", "mask", "places")
+    words = [text if role not in named else f"{role}={text}" for role, text in texts.items()]
+    return f"paged_latent_attention({', '.join(words)})"

@@ -65,10 +65,11 @@ def ranking(mixer: Mixer, kind: str) -> Ranking | Miss:
         return miss("one fetch of keys and no attention")
     fetch = mixer.fetches[0]
     method = fetch.method
-    plain, *others = [e for e in method.returns if not _is_none(e.value)] or [None]
+    given = [e for e in method.returns if not _is_none(e.value)]
     nothing = [e for e in method.returns if _is_none(e.value)]
-    if plain is None or others or len(nothing) != 1:
+    if len(given) != 1 or len(nothing) != 1:
         return miss("ranked positions are returned, or None", fetch.call)
+    plain = given[0]
     found = _ranked(program, plain.value)
     if found is None:
         return miss("the places of the highest scores are returned", plain)

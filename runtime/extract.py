@@ -99,7 +99,7 @@ def restore(cache: PagedCache, footprint: Footprint, caches: Sequence[Any], leng
     cache.open_step()
     for path in sorted(footprint.entries):
         leaf = cache.leaves[path]
-        write = leaf.pool.write
+        write: _Write = leaf.pool.write
         if path in footprint.latents:
             write = leaf.pool.write_latents
         elif path in footprint.indices:
@@ -174,7 +174,7 @@ def _to_blocks(
     leaf: Leaf,
     entry: Any,
     length: int,
-    write: Callable[[mx.array, mx.array, Ragged, int], None],
+    write: _Write,
     table: BlockTable,
 ) -> None:
     keys, values = entry.keys, entry.values

@@ -157,7 +157,7 @@ def test_other_names_change_nothing(name):
     other = renamed(data, module)
     if other == data:
         pytest.skip("nothing of its own to rename")
-    shape = (package.name, package.root, package.shown, package.upstream)
+    shape = (package.name, package.root, package.shown, package.upstream, package.entry)
     assert outcome(Changed(*shape, module, other), module) == outcome(package, module)
 
 
@@ -175,5 +175,5 @@ def test_comments_and_blank_lines_change_nothing(name):
         noisy.append(line + ("  # noise" if line.endswith(":") and opened == 0 else ""))
         opened += line.count("(") + line.count("[") - line.count(")") - line.count("]")
     data = "\n".join(noisy).encode()
-    shape = (package.name, package.root, package.shown, package.upstream)
+    shape = (package.name, package.root, package.shown, package.upstream, package.entry)
     assert outcome(Changed(*shape, module, data), module) == outcome(package, module)

@@ -806,6 +806,11 @@ class Interpreter:
             return self.apply(
                 Rule(method, lambda c, k, v: updated(k, v), "latents go to pages"), args, more
             )
+        if method == "update_and_fetch_index":
+            self.apply(
+                Rule(method, lambda c, k, v: updated(k, v), "index keys go to pages"), args, more
+            )
+            return Tuple((Opaque("index"), NONE))
         if method == "make_mask":
             return Opaque("mask")
         if method == "maybe_trim_front":

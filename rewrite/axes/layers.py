@@ -187,14 +187,34 @@ def _latent_attention(
     up_values: Value = NONE,
     scale: Value = NONE,
     mask: Value = NONE,
+    places: Value = NONE,
 ) -> Value:
     """[rows][heads][length][features] in and out."""
+    if places not in (NONE, Opaque("places")):
+        raise Dead  # the site raises: places come from an indexer's site only
     if latents != Opaque("handle") or ropes != Opaque("handle") or mask != Opaque("mask"):
         raise Dead  # the site raises: it takes a cache's latents and a made mask only
     if any(is_live(v) for v in (scale, up_keys, up_values)):
         raise Refused("unknown-operation", "paged attention with options made from tokens")
     _attended(c, rope)
     return _attended(c, content)
+
+
+def _top_positions(
+    c: Context, queries: Value, keys: Value, weights: Value, count: Value, mask: Value = NONE
+) -> Value:
+    """[rows][heads][length][features] and [rows][heads][length][] in; each row's own places out."""
+    if keys != Opaque("index") or mask != Opaque("mask"):
+        raise Dead  # the site raises: it takes a cache's index keys and a made mask only
+    if is_live(count):
+        raise Refused("unknown-operation", "a number of places made from tokens")
+    _attended(c, queries)
+    w = array(weights)
+    axes = w.axes or ()
+    if w.tag or w.open or len(axes) != 4 or axes[0] != (ROWS,) or axes[2:] != ((LENGTH,), ()):
+        raise Refused("row-mixing", f"places ranked by weights of {describe(w)}")
+    within(w, Known(1), "heads")
+    return Opaque("places")
 
 
 def _last_rows(c: Context, h: Value, cache: Value = NONE, axis: Value = ZERO) -> Value:
@@ -228,6 +248,7 @@ KERNELS: dict[str, str] = {
 SITES: dict[str, tuple[Layer, str]] = {
     "paged_attention": (_attention, "each row attends to its own sequence's pages"),
     "paged_latent_attention": (_latent_attention, "each row attends to its own sequence's latents"),
+    "paged_top_positions": (_top_positions, "each row ranks its own sequence's positions"),
     "paged_mask": (_mask, "a mask as a value"),
     "chunked_mask": (_mask, "a mask as a value"),
     "sequence_mask": (_mask, "a mask as a value"),
