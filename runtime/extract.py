@@ -19,6 +19,8 @@ from .errors import RuntimeRefusal
 from .memory import Footprint
 from .views import Leaf, StateLeaf
 
+_Write = Callable[[mx.array, mx.array, Ragged, int], None]
+
 
 def extract(cache: PagedCache, sequence: int) -> list[Any]:
     """The caches that the original model would have after the sequence's positions; evaluated."""
