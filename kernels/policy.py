@@ -259,9 +259,6 @@ MATERIALISE_ROWS = 16
 # What they may take: beyond, the absorbed form reads the latents as they are.
 MATERIALISE_BYTES = 1 << 31
 
-# What latents gathered for rows that attend to ranked positions may take at a time.
-SELECTED_BYTES = 1 << 28
-
 
 def materialise_latents(
     rows: int, context: int, *, rank: int, heads: int, content_dim: int

@@ -24,6 +24,9 @@ from .pools import EntryPool
 from .rankings import Selection
 from .views import Handle
 
+# What latents gathered for rows that attend to ranked positions may take at a time.
+SELECTED_BYTES = 1 << 28
+
 
 def paged_latent_attention(
     content: mx.array,
@@ -217,7 +220,7 @@ def _selected(
     if queries.rope.shape[-1]:
         content = mx.concatenate([content, queries.rope], axis=-1)
     bytes_of_row = positions.shape[1] * content.shape[3] * content.dtype.size
-    step = max(1, policy.SELECTED_BYTES // bytes_of_row)
+    step = max(1, SELECTED_BYTES // bytes_of_row)
     parts = []
     for start in range(0, content.shape[0], step):
         part = slice(start, start + step)

@@ -340,7 +340,7 @@ def test_the_best_positions_are_those_of_each_rows_own_sequence():
 
 @pytest.mark.parametrize("limit", [1, 1 << 28])
 def test_ranked_positions_are_read_in_pieces_that_fit(monkeypatch, limit):
-    monkeypatch.setattr(policy, "SELECTED_BYTES", limit)
+    monkeypatch.setattr(latents, "SELECTED_BYTES", limit)
     report = verify(CONFIGS / "deepseek_v32.json", seed=5)
     assert report.passed and report.route == "kernel", report.text()
 
