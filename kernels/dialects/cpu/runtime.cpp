@@ -13,8 +13,9 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#ifndef __x86_64__
 #include <ucontext.h>
+#if defined(__x86_64__) && !defined(MSL_UCONTEXT)
+#define MSL_ASSEMBLY  // switches fibres with a few instructions, else with ucontext
 #endif
 
 namespace {
@@ -78,7 +79,7 @@ struct Fibre {
   u64 value[2];
   float matrices[6];
   Ids ids;
-#ifndef __x86_64__
+#ifndef MSL_ASSEMBLY
   ucontext_t context;
 #endif
 };
@@ -104,7 +105,7 @@ struct Worker {
   Simdgroup simdgroups[SIMD];
   void* main_stack_pointer;
   Fibre* current;
-  u32 size, live, at_barrier, group;
+  u32 size, live, at_barrier, group, turn;
   int barrier_line;
   u32 group_epoch, device_epoch;
   char* memory;
@@ -115,7 +116,7 @@ struct Worker {
   bool stopped;
   u64 stride;
   Statistics statistics;
-#ifndef __x86_64__
+#ifndef MSL_ASSEMBLY
   ucontext_t main_context;
 #endif
 };
@@ -154,7 +155,7 @@ void report(const void* address, const char* format, ...) {
 }
 
 // ---- fibres ------------------------------------------------------------------------------------
-#ifdef __x86_64__
+#ifdef MSL_ASSEMBLY
 extern "C" void msl_switch(void** save, void* to);
 asm(R"(
 .text
@@ -179,24 +180,62 @@ msl_switch:
 )");
 #endif
 
-__attribute__((noinline)) void to_main() {
+void to_main() {
   Worker* w = self;
   w->statistics.switches++;
-  w->stride = 0;
-#ifdef __x86_64__
+#ifdef MSL_ASSEMBLY
   msl_switch(&w->current->stack_pointer, w->main_stack_pointer);
 #else
   swapcontext(&w->current->context, &w->main_context);
 #endif
 }
 
+// The thread whose turn is the j-th.
+u32 in_turn(const Worker* w, u32 j) {
+  const u32 n = w->size;
+  const int order = w->launch->order;
+  return order == 0 ? j : order == 1 ? n - 1 - j : u32((u64(j) * 7919 + u32(order)) % n);
+}
+
+// The next thread that can run, from a turn on; nullptr if there is none in this round.
+Fibre* next_in_turn(Worker* w, u32 j) {
+  for (; j < w->size; j++) {
+    Fibre* fibre = &w->fibres[in_turn(w, j)];
+    if (fibre->state == RUNNING) {
+      w->turn = j;
+      return fibre;
+    }
+  }
+  return nullptr;
+}
+
 void to_fibre(Worker* w, Fibre* fibre) {
   w->current = fibre;
+  w->stride = 0;
   w->statistics.switches++;
-#ifdef __x86_64__
+#ifdef MSL_ASSEMBLY
   msl_switch(&w->main_stack_pointer, fibre->stack_pointer);
 #else
   swapcontext(&w->main_context, &fibre->context);
+#endif
+}
+
+// The current thread waits: on with the next, without the detour over the main stack.
+__attribute__((noinline)) void wait() {
+  Worker* w = self;
+  Fibre* fibre = w->current;
+  Fibre* next = next_in_turn(w, w->turn + 1);
+  if (!next) {
+    to_main();
+    return;
+  }
+  w->current = next;
+  w->stride = 0;
+  w->statistics.switches++;
+#ifdef MSL_ASSEMBLY
+  msl_switch(&fibre->stack_pointer, next->stack_pointer);
+#else
+  swapcontext(&fibre->context, &next->context);
 #endif
 }
 
@@ -213,12 +252,12 @@ void fibre_main() {
     w = self;
     w->current->state = RETURNED;
     w->live--;
-    to_main();
+    wait();
   }
 }
 
 void prepare(Fibre& fibre) {
-#ifdef __x86_64__
+#ifdef MSL_ASSEMBLY
   void** top = reinterpret_cast<void**>(fibre.stack + STACK - 64);
   *--top = nullptr;
   *--top = reinterpret_cast<void*>(fibre_main);
@@ -566,7 +605,7 @@ void meet(int kind, int line) {
   if (++s.arrived == int(s.size)) {
     resolve(s);
   } else {
-    to_main();
+    wait();
   }
 }
 
@@ -857,17 +896,10 @@ void run_group(Worker* w, const u32* at) {
     prepare(fibre);
   }
   while (w->live && !w->stopped) {
-    bool progress = false;
-    for (u32 j = 0; j < n && !w->stopped; j++) {
-      const u32 i = l->order == 0   ? j
-                    : l->order == 1 ? n - 1 - j
-                                    : u32((u64(j) * 7919 + l->order) % n);
-      if (w->fibres[i].state == RUNNING) {
-        progress = true;
-        to_fibre(w, &w->fibres[i]);
-      }
-    }
-    if (!progress && w->live && !w->stopped) {
+    Fibre* first = next_in_turn(w, 0);
+    if (first) {
+      to_fibre(w, first);
+    } else {
       describe_deadlock(w);
     }
   }
@@ -998,7 +1030,7 @@ void msl_barrier(int flags, int line) {
   fibre->state = AT_BARRIER;
   fibre->line = line;
   if (++w->at_barrier < w->size) {
-    to_main();
+    wait();
     return;
   }
   w->at_barrier = 0;
