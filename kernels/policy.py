@@ -5,6 +5,7 @@ Numbers were chosen on an H100 (CUDA); on Metal they are guesses until someone m
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
 
 Route = Literal["kernel", "gathered"]
 
-# Query heads of one simdgroup of the decode kernel: their queries and sums stay in registers.
-HEADS = 8
+# 32-bit registers that a thread may fill before the compiler spills: NVIDIA has 255, Apple's GPUs
+# about 128. The runner runs what Metal would.
+REGISTERS = {"cuda": 235, "metal": 120, "runner": 120}
 # Wider groups, wider heads and longer queries than these go to matrix units.
 DECODE_GROUP = 8
 DECODE_WIDTH = 256
@@ -45,6 +47,10 @@ LEAST_SPLIT = {"decode": 256, "tiled": 128}
 def layout() -> Layout:
     """How pools lie in memory: in pages for the kernels, by head for MLX's CPU back end."""
     return "heads" if launch.active() is None else "pages"
+
+
+def _where() -> launch.Backend:
+    return launch.active() or "metal"
 
 
 def writes_in_place() -> bool:
@@ -111,13 +117,8 @@ def decode_spec(layer: AttentionSpec, partial: bool) -> DecodeSpec:
     """The kernel for single rows."""
     group = layer.query_heads // layer.kv_heads
     vector = 16 // DTYPES[layer.pool_dtype]
-    widest = max(layer.key_dim, layer.value_dim)
-    heads = min(group, HEADS if widest <= 16 * vector else HEADS // 2)
+    heads, tile = _decode_shape(layer, group, vector)
     chunks = -(-group // heads)
-    # Keys of a turn: up to 8 loads of each lane for keys, as many for values. A key is shared by
-    # 8, 16 or 32 lanes, a load each.
-    tile = 32 if widest <= 8 * vector else 16 if widest <= 16 * vector else 8
-    tile = max(8, tile // 2) if heads > 4 else tile
     return DecodeSpec(
         query_dtype=layer.dtype,
         pool_dtype=layer.pool_dtype,
@@ -137,12 +138,28 @@ def decode_spec(layer: AttentionSpec, partial: bool) -> DecodeSpec:
     )
 
 
+def _decode_shape(layer: AttentionSpec, group: int, vector: int) -> tuple[int, int]:
+    """Query heads of a simdgroup and keys of a turn: as many as registers hold, heads first, since
+    each group of heads reads the keys again."""
+    loads = max(layer.key_dim, layer.value_dim) / vector
+    lanes = 8 if loads <= 8 else 16 if loads <= 16 else 32  # that share a key
+    wide = max(1, math.ceil(loads / 32))
+    for heads in (8, 4, 2, 1):
+        for steps in (8, 4):  # loads in flight of a lane, of keys and as many of values
+            tile = steps * 32 // lanes
+            taken = 2 * heads * wide * vector + heads * steps + 2 * steps * wide * 4 + 40
+            if heads < 2 * group and taken <= REGISTERS[_where()]:
+                return min(heads, group), tile
+    return 1, 4 * 32 // lanes
+
+
 def tiled_spec(layer: AttentionSpec, *, banded: bool, partial: bool) -> TiledSpec:
     """The kernel for many rows."""
-    parts = 1 if layer.value_dim <= 128 else 2 if layer.value_dim <= 256 else 4
-    if layer.value_dim % (8 * parts):
-        parts = 2
-    group = layer.query_heads // layer.kv_heads
+    # A simdgroup keeps sums of 16 rows, and their queries where there is room.
+    room = 128 if _where() == "cuda" else 64
+    parts = 1 if layer.value_dim <= room else 2 if layer.value_dim <= 2 * room else 4
+    while layer.value_dim % (8 * parts):
+        parts //= 2
     return TiledSpec(
         query_dtype=layer.dtype,
         pool_dtype=layer.pool_dtype,
@@ -150,12 +167,12 @@ def tiled_spec(layer: AttentionSpec, *, banded: bool, partial: bool) -> TiledSpe
         key_dim=layer.key_dim,
         value_dim=layer.value_dim,
         kv_heads=layer.kv_heads,
-        group=group,
+        group=layer.query_heads // layer.kv_heads,
         block_size=layer.block_size,
         row_tiles=4 if parts == 1 else 2,
         parts=parts,
         tile=32,
-        keep_queries=layer.key_dim <= 128,
+        keep_queries=layer.key_dim <= room,
         banded=banded,
         softcap=layer.softcap,
         sinks=layer.sinks and not partial,
@@ -186,7 +203,7 @@ def split(
     """Keys of one threadgroup, a power of two: enough threadgroups to fill the device, if there are
     so many keys. `keys` of all rows (or tiles of rows) together, each read by `groups_per_key`;
     even: whether rows have about equally many, else smaller parts even out the work."""
-    wanted = keys * groups_per_key // THREADGROUPS[launch.active() or "runner"]
+    wanted = keys * groups_per_key // THREADGROUPS[_where()]
     wanted = wanted if even else wanted // 4
     least = max(tile, LEAST_SPLIT[kind])
     return max(least, 1 << max(0, wanted - 1).bit_length())

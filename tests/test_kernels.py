@@ -1,7 +1,12 @@
-"""Kernels through the CPU runner, against float64: small shapes, NaN wherever nothing lives."""
+"""Kernels against float64: small shapes, NaN wherever nothing lives.
+
+They run through the CPU runner; MLXREWRITE_BACKEND=metal or cuda runs them on that device instead
+(on Metal, not yet tried).
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import fields, replace
 
@@ -18,9 +23,12 @@ SINGLE = {"query_lens": (1, 1, 1), "context_lens": (1, 37, 200)}
 MIXED = {"query_lens": (1, 5, 35, 2), "context_lens": (9, 37, 70, 130)}
 
 
+BACK_END = os.environ.get("MLXREWRITE_BACKEND", "runner")
+
+
 @pytest.fixture
-def runner() -> Iterator[None]:
-    with launch.backend("runner"):
+def kernels() -> Iterator[None]:
+    with launch.backend(BACK_END):  # type: ignore[arg-type]
         yield
 
 
@@ -65,6 +73,7 @@ def test_a_kernel_is_rendered_once():
     assert render(spec) is render(replace(spec))
 
 
+@pytest.mark.skipif(launch.active() is not None, reason="of the CPU back end")
 def test_no_kernel_runs_on_the_cpu_unasked():
     kernel = render(policy.kernels(inspect.USUAL[0])[0])
     assert launch.active() is None and policy.layout() == "heads"
@@ -81,7 +90,7 @@ def test_no_kernel_runs_on_the_cpu_unasked():
 # ------------------------------------------------------------------ answers
 
 
-@pytest.mark.usefixtures("runner")
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize(
     "case",
     [
@@ -99,7 +108,36 @@ def test_attention(case: Case):
     check(case)
 
 
-@pytest.mark.usefixtures("runner")
+@pytest.mark.usefixtures("kernels")
+def test_attention_with_the_registers_of_another_device(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(policy.REGISTERS, BACK_END, 235)
+    check(Case(**SINGLE, dtype="float16", query_heads=8, kv_heads=1, sinks=True))
+
+
+@pytest.mark.usefixtures("kernels")
+def test_few_keys_in_a_turn():
+    case = Case(**SINGLE, query_heads=2, kv_heads=1, key_dim=256, value_dim=256, block_size=8)
+    assert (
+        policy.decode_spec(ops.AttentionSpec(256, 256, 2, 1, 8, "float16", "float16"), False).tile
+        == 4
+    )
+    check(replace(case, dtype="float16"))
+
+
+def test_shapes_that_were_measured():
+    """What an H100 was measured with stays what it gets: heads of a simdgroup, keys of a turn."""
+    wanted = {(4, 128): (4, 16), (8, 128): (8, 8), (2, 256): (2, 8), (4, 64): (4, 32)}
+    for (group, dim), shape in wanted.items():
+        layer = AttentionSpec(dim, dim, 8 * group, 8, 16, "bfloat16", "bfloat16")
+        with launch.backend("cuda"):
+            spec = policy.decode_spec(layer, False)
+            assert (spec.heads, spec.tile) == shape, (group, dim)
+            assert spec.simdgroups == 4
+            assert policy.tiled_spec(layer, banded=False, partial=False).parts == max(1, dim // 128)
+        assert policy.decode_spec(layer, False).heads == 2
+
+
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize(
     ("case", "rows"),
     [
@@ -113,12 +151,12 @@ def test_split_rows(case: Case, rows: int, monkeypatch: pytest.MonkeyPatch):
     """Rows in several parts, through both kernels (rows: fewest rows of the tiled one)."""
     monkeypatch.setitem(policy.LEAST_SPLIT, "decode", 32)
     monkeypatch.setitem(policy.LEAST_SPLIT, "tiled", 32)
-    monkeypatch.setitem(policy.THREADGROUPS, "runner", 1000)
+    monkeypatch.setitem(policy.THREADGROUPS, BACK_END, 1000)
     monkeypatch.setattr(policy, "DECODE_ROWS", 2 if rows else 0)
     check(case)
 
 
-@pytest.mark.usefixtures("runner")
+@pytest.mark.usefixtures("kernels")
 def test_three_routes_in_one_call(monkeypatch: pytest.MonkeyPatch):
     """Single rows, a few and many go to a kernel each, and come back in order."""
     monkeypatch.setattr(policy, "GATHER_ROWS", 40)
@@ -131,7 +169,7 @@ def test_three_routes_in_one_call(monkeypatch: pytest.MonkeyPatch):
     check(case)
 
 
-@pytest.mark.usefixtures("runner")
+@pytest.mark.usefixtures("kernels")
 def test_what_no_kernel_has_is_gathered():
     case = Case(**MIXED, query_heads=2, kv_heads=2, key_dim=20, value_dim=12, block_size=5)
     check(case)
@@ -156,7 +194,7 @@ def test_reasons():
     assert "cannot be a part of keys" in str(ops.supports(shared))
 
 
-@pytest.mark.usefixtures("runner")
+@pytest.mark.usefixtures("kernels")
 def test_seeded_bugs_are_seen(monkeypatch: pytest.MonkeyPatch):
     """A window one too narrow, a row that sees one key more: the float64 reference tells."""
     case = Case(**SINGLE, window=20)
@@ -184,7 +222,7 @@ def test_dropped_blocks_are_not_read():
 # ------------------------------------------------------------------ the pool
 
 
-@pytest.mark.usefixtures("runner")
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("form", ["in place", "copy"])
 @pytest.mark.parametrize("values", [True, False])
 def test_write_gather_copy(form: str, values: bool, monkeypatch: pytest.MonkeyPatch):
@@ -215,11 +253,12 @@ def test_write_gather_copy(form: str, values: bool, monkeypatch: pytest.MonkeyPa
             assert (got_values is not None) == values
 
 
-@pytest.mark.usefixtures("runner")
+@pytest.mark.usefixtures("kernels")
 def test_rows_are_cast_to_the_pool():
     check(Case(**SINGLE, dtype="float32", pool_dtype="bfloat16"))
 
 
+@pytest.mark.skipif(launch.active() is not None, reason="of the CPU back end")
 def test_wrong_calls_are_refused():
     made = cases.make(Case())
     with pytest.raises(ValueError, match="no kernel runs on this back end"):
@@ -252,7 +291,8 @@ def test_nothing_is_built_in_mid_serving(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(launch.MetalKernel, "_make", pretend)
     layer = AttentionSpec(64, 64, 4, 2, 16, "float16", "float16", sinks=True)
-    known = {spec.name: render(spec) for spec in policy.kernels(layer)}
+    with launch.backend("cuda"):
+        known = {spec.name: render(spec) for spec in policy.kernels(layer)}
     for kernel in known.values():
         monkeypatch.delitem(kernel._made, "cuda", raising=False)
     calls.prepare.cache_clear()
@@ -309,7 +349,7 @@ def test_every_metadata_array_is_bound_alike():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("runner")
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("dtype", sorted(TOLERANCE))
 @pytest.mark.parametrize(
     "case",
@@ -332,9 +372,9 @@ def test_settings_put_scores_in_base_2():
     assert np.allclose(np.array(calls.settings(0.5, None, None)), [0.5 * np.log2(np.e), 1])
 
 
-@pytest.mark.usefixtures("runner")
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.slow
 def test_preparing_runs_every_kernel():
     layer = AttentionSpec(32, 48, 2, 1, 8, "float16", "float16", sinks=True)
     for banded in (False, True):
-        calls.prepare(layer, banded, "runner")
+        calls.prepare(layer, banded, launch.active())
