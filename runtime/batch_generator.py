@@ -94,14 +94,15 @@ class PagedBatchGenerator:
         return self._stream
 
     def close(self) -> None:
-        """Give back what was set for the whole process."""
+        """Give back what was set for the whole process; write prefixes to a disk cache."""
+        self.engine.close()
         if self._old_wired_limit is not None:
             mx.synchronize(self._stream)
             mx.set_wired_limit(self._old_wired_limit)
             self._old_wired_limit = None
 
     def __del__(self) -> None:
-        if hasattr(self, "_old_wired_limit"):
+        if hasattr(self, "engine"):
             self.close()
 
     @contextlib.contextmanager

@@ -218,6 +218,16 @@ class PagedCache:
             table.blocks += group.allocator.allocate(table.missing(wanted, self.block_size))
         return max(0, wanted - state.length)
 
+    def grow(self, sequence: int, length: int) -> None:
+        """Make a sequence `length` positions long; somebody else fills the new ones.
+
+        Raises OutOfBlocks, and changes nothing but reserved places, if there is no room.
+        """
+        state = self._find(sequence)
+        if self.reserve(sequence, length - state.length) < length - state.length:
+            raise OutOfBlocks(f"no room for {length} positions")
+        state.length = length
+
     def truncate(self, sequence: int, length: int) -> None:
         """Forget the positions from `length` on: what a step appended and nobody wants.
 

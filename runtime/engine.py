@@ -17,6 +17,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import mlx.core as mx
@@ -28,11 +29,13 @@ from . import memory
 from .batch import Sampled
 from .cache import PagedCache
 from .caches import Retention
+from .disk import DiskTier, fingerprint
 from .errors import RuntimeRefusal
 from .extract import check, extract, length_of
 from .memory import Footprint, Load
 from .sampling import Chooser, LogitsProcessor, Row, Sampler, choose
 from .scheduler import Brought, Job, Part, Scheduler
+from .speculative import require_cut_back
 from .store import PagedStore
 
 FinishReason = Literal["stop", "length"]
@@ -176,7 +179,8 @@ class Engine:
     `kv_memory` bytes; without either as many as the requests at hand need, within what the device
     has, and more when nothing runs and a request needs more. A step has at most `max_rows` rows
     (`max_running` requests at most). `reuse`: equal beginnings are computed once. `dtype` is that
-    of the caches, the model's own by default.
+    of the caches, the model's own by default. `disk` is a folder and a number of bytes: blocks that
+    leave memory go there (`DiskTier`).
     """
 
     def __init__(
@@ -192,6 +196,7 @@ class Engine:
         dtype: mx.Dtype | None = None,
         drafter: Drafter | None = None,
         observer: Observer | None = None,
+        disk: tuple[str | Path, int] | None = None,
         poison: bool = False,
         shuffle_seed: int | None = None,
     ) -> None:
@@ -212,6 +217,7 @@ class Engine:
         self._dtype = dtype
         self._drafter = drafter
         self._observer = observer
+        self._disk: DiskTier | None = None
         self._poison = poison
         self._shuffle_seed = shuffle_seed
         # In-place kernels order their reads and writes themselves; elsewhere a step is only
@@ -225,6 +231,16 @@ class Engine:
         self._flight: _Flight | None = None
         self._next = 0
         self._preemptions = 0
+        if disk is not None:
+            known = self._known()
+            if not known.everything or set(known.block_bytes) != {Retention()}:
+                raise RuntimeRefusal(
+                    "disk cache: it needs a model whose layers all have full attention"
+                )
+            folder, limit = disk
+            self._disk = DiskTier(folder, limit, fingerprint(model, block_size, dtype))
+        if drafter is not None:
+            require_cut_back(self._known().everything)
         if num_blocks is not None or kv_memory is not None:
             self._make_store(self._sizes(1))
 
@@ -284,6 +300,18 @@ class Engine:
         """The tokens that a request has in the cache."""
         job = self._jobs[name]
         return job.tokens[: min(job.computed, len(job.tokens))]
+
+    def close(self) -> None:
+        """Write known prefixes to disk, if there is a disk cache. Harmless otherwise."""
+        if self._disk is not None:
+            if self._store is not None:
+                self._store.save_all()
+            self._disk.close()
+            self._disk = None
+
+    @property
+    def disk(self) -> DiskTier | None:
+        return self._disk
 
     @property
     def busy(self) -> bool:
@@ -659,10 +687,14 @@ class Engine:
             shuffle_seed=self._shuffle_seed,
             rollback=self._load.rollback,
         )
+        if self._disk is not None:  # pools are made by the first step, and are to be filled before
+            probe = cache.add_sequence()
+            mx.eval(cache.step({probe: [0]}), cache.arrays())
+            cache.free(probe)
         jobs = [*self._early] if self._scheduler is None else list(self._scheduler.waiting)
         if self._scheduler is not None:
             self._preemptions += self._scheduler.preemptions
-        self._store = PagedStore(cache, reuse=self._reuse, known=known)
+        self._store = PagedStore(cache, reuse=self._reuse, known=known, disk=self._disk)
         self._scheduler = Scheduler(self._store, self.max_rows, self._max_running)
         for job in jobs:
             self._scheduler.add(job)

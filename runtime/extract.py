@@ -193,6 +193,47 @@ def _to_blocks(
     write(keys, values, ragged, cache.serial)
 
 
+def block_arrays(cache: PagedCache, block: int) -> dict[str, mx.array]:
+    """Keys and values of one block of all layers, by cache entry; for caches of one group."""
+    found = {}
+    for path, leaf in cache.leaves.items():
+        if not leaf.pool.made:
+            continue
+        ragged = Ragged.build([1], [cache.block_size], [[block]], cache.block_size)
+        keys, values, leaf.pool.pool = ops.gather(leaf.pool.pool, ragged, 0, 0)
+        if values is None:
+            keys, values = mx.split(keys, [leaf.pool.rank or 0], axis=-1)
+        name = ".".join(map(str, path))
+        found[f"{name}.keys"], found[f"{name}.values"] = keys, values
+    mx.eval(found)
+    return found
+
+
+def fill_blocks(cache: PagedCache, sequence: int, blocks: Sequence[dict[str, Any]]) -> None:
+    """Append whole blocks, as `block_arrays` took them out, to a sequence of whole blocks.
+
+    Arrays are bytes in the type of the pools. Raises OutOfBlocks if there is no room.
+    """
+    size, start = cache.block_size, cache.length(sequence)
+    length = start + size * len(blocks)
+    cache.grow(sequence, length)
+    cache.open_step()
+    for path, leaf in cache.leaves.items():
+        if not leaf.pool.made:
+            continue
+        name, dtype = ".".join(map(str, path)), leaf.pool.pool.dtype
+        keys, values = (
+            mx.concatenate([mx.array(block[f"{name}.{role}"]) for block in blocks], axis=2)
+            .view(dtype)
+            .transpose(2, 1, 0, 3)
+            for role in ("keys", "values")
+        )
+        table = cache.tables(sequence)[leaf.group]
+        ragged = Ragged.build([length - start], [length], [table.blocks], size, [table.dropped])
+        write = leaf.pool.write if leaf.pool.rank is None else leaf.pool.write_latents
+        write(keys, values, ragged, cache.serial)
+
+
 def _at(caches: Sequence[Any], path: tuple[int, ...]) -> Any:
     found = caches[path[0]]
     for index in path[1:]:

@@ -8,7 +8,7 @@ allocator has no others left (`BlockAllocator`), the one released longest ago go
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
@@ -62,6 +62,8 @@ class PrefixIndex:
         ]
         self._used = [group for group in self._groups if group is not None]
         self._whole_sequences = any(group.retention == Retention() for group in self._used)
+        #: Told the hash of a whole block before its content is lost, where one group has it all.
+        self.on_forget: Callable[[bytes, int], None] | None = None
         # Blocks that follow a block and begin with a token: their tokens, by hash.
         self._following: dict[tuple[bytes, int], dict[bytes, tuple[int, ...]]] = {}
         self._places: dict[bytes, tuple[bytes, int]] = {}
@@ -124,6 +126,12 @@ class PrefixIndex:
             tables.append(BlockTable(blocks, dropped))
         return Found(length, tuple(tables), hashes[count - 1] if count else None)
 
+    def whole_blocks(self) -> Iterator[tuple[bytes, int]]:
+        """The hashes and numbers of all whole blocks of the first group."""
+        for digest, block in self._used[0].blocks.items():
+            if len(self._following[self._places[digest]][digest]) == self._size:
+                yield digest, block
+
     def clear(self) -> None:
         """Forget all names: the blocks' content is lost."""
         for group in self._used:
@@ -184,9 +192,14 @@ class PrefixIndex:
         return best
 
     def _evicted(self, group: _Group, then: Callable[[int], None] | None, block: int) -> None:
+        digest = group.hashes[block]
+        if self.on_forget is not None:
+            parent, first = self._places[digest]
+            if len(self._following[parent, first][digest]) == self._size:
+                self.on_forget(digest, block)
         if then is not None:
             then(block)
-        digest = group.hashes.pop(block)
+        del group.hashes[block]
         del group.blocks[digest]
         if any(digest in other.blocks for other in self._used):
             return

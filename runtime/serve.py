@@ -18,11 +18,12 @@ from typing import Any
 from mlx_lm import server as upstream
 
 from .batch_generator import PagedBatchGenerator
-from .engine import Engine
+from .engine import Drafter, Engine
 from .errors import RuntimeRefusal
 from .load import load, model_folder, read_config
 from .rebind import rebound
 from .sampling import Seeded
+from .speculative import ModelDrafter, NgramDrafter
 
 CONCURRENCY = 256  # requests in a step, where the command line says nothing else
 POLL_SECONDS = 0.01  # of steps between two looks for new requests
@@ -62,6 +63,9 @@ class _Options:
         add("--kv-memory", type=upstream._parse_size, metavar="SIZE", help="for the paged caches")
         add("--block-size", type=int, default=16, help="positions of a block (default: 16)")
         add("--no-prefix-cache", action="store_true", help="compute equal beginnings anew")
+        add("--disk-cache", type=Path, metavar="DIR", help="where blocks that leave memory go")
+        add("--disk-limit", type=upstream._parse_size, default=8 << 30, metavar="SIZE")
+        add("--ngram", type=int, default=0, metavar="N", help="guess N tokens from the text so far")
         add("--generated", type=Path, help="folder of the rewritten files")
         parser.set_defaults(decode_concurrency=CONCURRENCY)
         parse = functools.partial(argparse.ArgumentParser.parse_args, parser, self._words)
@@ -83,13 +87,12 @@ class Provider(upstream.ModelProvider):  # type: ignore[misc]
     def _load(
         self, model_path: str, adapter_path: str | None = None, draft: str | None = None
     ) -> None:
-        if draft is not None:
-            raise RuntimeRefusal("draft models are not supported by this server yet")
         rebound(
             upstream.ModelProvider._load,
             load=self._rewritten,
             make_prompt_cache=lambda model: [],
         )(self, model_path, adapter_path, draft)
+        self.is_batchable = True
 
     def _rewritten(
         self, path: str, *, return_config: bool = False, **options: Any
@@ -130,6 +133,11 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
     def _make_batch_generator(self, model: Any, **options: Any) -> PagedBatchGenerator:
         given = self.cli_args
         self._batch = None  # the memory of the one before is free from here on
+        drafter: Drafter | None = None
+        if self.model_provider.draft_model is not None:
+            drafter = ModelDrafter(self.model_provider.draft_model, given.num_draft_tokens)
+        elif given.ngram:
+            drafter = NgramDrafter(given.ngram)
         self._batch = PagedBatchGenerator(
             model,
             keep_caches=False,
@@ -137,6 +145,8 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
             block_size=given.block_size,
             reuse=not given.no_prefix_cache,
             observer=self.metrics,
+            drafter=drafter,
+            disk=None if given.disk_cache is None else (given.disk_cache, given.disk_limit),
             **options,
         )
         return self._batch

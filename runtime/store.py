@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from .blocks import BlockAllocator, BlockTable
 from .cache import PagedCache
 from .caches import Retention
+from .disk import DiskTier
 from .errors import OutOfBlocks
-from .extract import restore
+from .extract import block_arrays, fill_blocks, restore
 from .memory import Footprint, device_memory, footprint
-from .prefix import ROOT, Found, PrefixIndex
+from .prefix import ROOT, Found, PrefixIndex, chain
 from .scheduler import Job
 from .states import Snapshot
 
@@ -26,6 +27,7 @@ class StoreStats:
     queried: int = 0
     reused: int = 0
     copied_blocks: int = 0
+    from_disk: int = 0
 
 
 class PagedStore:
@@ -38,8 +40,10 @@ class PagedStore:
         reuse: bool = True,
         known: Footprint | None = None,
         snapshot_bytes: int | None = None,
+        disk: DiskTier | None = None,
     ) -> None:
         self.cache = cache
+        self._disk = disk
         self._footprint = known or footprint(cache.model, cache.block_size)
         self.stats = StoreStats()
         self._reuse = reuse
@@ -75,6 +79,8 @@ class PagedStore:
                 sequence = self._begin(found)
         except OutOfBlocks:
             return None
+        if index is not None and self._disk is not None and brought is None:
+            self._read_on(sequence, tokens, most, self._disk)
         length = self.cache.length(sequence)
         self._hashes[sequence] = []
         self._reading[sequence] = len(tokens)
@@ -82,13 +88,13 @@ class PagedStore:
             self._nameless.add(sequence)
         if index is not None:
             self.stats.queried += len(tokens)
-            self.stats.reused += 0 if found is None else found.length
+            self.stats.reused += length if brought is None else 0
         return sequence, length
 
     def known_length(self, tokens: Sequence[int]) -> int:
         """How many of the first tokens blocks hold now, the last token left out."""
         index = self._names()
-        found = None if index is None else index.find(tokens, len(tokens) - 1)
+        found = None if index is None else self._known(index, tokens, len(tokens) - 1)
         return 0 if found is None else found.length
 
     def reserve(self, sequence: int, count: int) -> int:
@@ -153,12 +159,61 @@ class PagedStore:
         whole = self.cache.pages_everything or self.cache.snapshots_suffice
         if self._index is None and self._reuse and whole:
             self._index = PrefixIndex(self.cache.groups, self.cache.block_size)
+            if self._disk is not None:
+                self._index.on_forget = self._save
         return self._index
+
+    # ----------------------------------------------------------------------- disk
+
+    def save_all(self) -> None:
+        """Write all whole blocks that have a name to disk, and wait for it."""
+        if self._disk is None or self._index is None:
+            return
+        for digest, block in list(self._index.whole_blocks()):
+            if digest not in self._disk:
+                self._disk.put(digest, block_arrays(self.cache, block))
+                self._disk.flush()
+
+    def _save(self, digest: bytes, block: int) -> None:
+        if self._disk is not None and digest not in self._disk:
+            self._disk.put(digest, block_arrays(self.cache, block))
+
+    def _read_on(self, sequence: int, tokens: Sequence[int], most: int, disk: DiskTier) -> None:
+        """Append blocks from disk to a new sequence, as far as they go on with its tokens."""
+        size, length = self.cache.block_size, self.cache.length(sequence)
+        if length % size:
+            return  # what follows a copied part of a block is something new
+        parent, blocks = ROOT, []
+        for start in range(0, most - size + 1, size):
+            parent = chain(parent, tokens[start : start + size])
+            if start < length:
+                continue
+            found = disk.get(parent) if parent in disk else None
+            if found is None:
+                break
+            blocks.append(found)
+        if not blocks:
+            return
+        try:
+            fill_blocks(self.cache, sequence, blocks)
+        except OutOfBlocks:
+            return  # the tokens are computed instead
+        self.stats.from_disk += len(blocks) * size
 
     def _known(self, index: PrefixIndex, tokens: Sequence[int], most: int) -> Found | None:
         """The longest beginning of the tokens that is known; with states, one with a snapshot."""
         if not self.cache.states:
-            return index.find(tokens, most)
+            found = index.find(tokens, most)
+            if found is None or self._disk is None or not found.length % self.cache.block_size:
+                return found
+            # A whole block on disk is worth more than a part of one in memory.
+            size = self.cache.block_size
+            whole = found.length // size * size
+            after = index.hashes(tokens, whole)
+            following = chain(after[-1] if after else ROOT, tokens[whole : whole + size])
+            if whole + size <= most and following in self._disk:
+                return index.find(tokens, whole)
+            return found
         size = self.cache.block_size
         hashes = index.hashes(tokens, most)
         for count in range(len(hashes), 0, -1):

@@ -245,3 +245,13 @@ def test_options_that_cannot_be_had_are_refused(folder, capsys) -> None:
         with pytest.raises(SystemExit):
             main(["--model", str(folder), *words])
     assert "not supported" in capsys.readouterr().err
+
+
+def test_a_draft_model_changes_nothing(folder, original, tmp_path) -> None:
+    options = ["--kv-memory", "1MB", "--draft-model", str(folder), "--num-draft-tokens", "3"]
+    with Server(folder, tmp_path / "log", *options) as drafting:
+        found = client(drafting).completions.create(
+            model="default_model", prompt=PROMPT, max_tokens=20
+        )
+        assert found.choices[0].text == expected(original, encoded(original, PROMPT), 20)
+        assert drafting.metrics()["mlxrewrite_accepted_tokens_total"] > 5
