@@ -99,3 +99,23 @@ class DepthwiseSpec(KernelSpec):
     @property
     def outputs(self) -> tuple[str, ...]:
         return ("output",)
+
+
+@dataclass(frozen=True, slots=True)
+class ScanSpec(KernelSpec):
+    """A diagonal recurrence; a thread walks along one channel, `ahead` tokens at a time."""
+
+    template: ClassVar[str] = "scan"
+
+    rows_dtype: str
+    channels: int
+    simdgroups: int
+    ahead: int
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return ("inputs", "factors", "start", "sizes")
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return ("output", "last")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 from mlx import nn
-from mlxrewrite.kernels import delta, linear
+from mlxrewrite.kernels import delta, linear, scan
 from mlxrewrite.kernels.depthwise import MOST_TAPS, depthwise
 
-__all__ = ["convolve", "delta_rule", "state_space_dual"]
+__all__ = ["convolve", "delta_rule", "diagonal_scan", "state_space_dual"]
 
 
 def convolve(x: mx.array, module: Any) -> mx.array:
@@ -75,6 +78,28 @@ def state_space_dual(
     _no_padding(lengths)
     return linear.state_space_dual(hidden_states, A_log, B, C, D, dt, dt_bias, state,
                                    time_step_limit)  # fmt: skip
+
+
+def diagonal_scan(x: str, a: str, h: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """In place of a function that computes h <- a h + x token by token.
+
+    The arguments are the function's names of x and a [N, L, D] and of the state [N, D] before the
+    first token, None for zeros. It returns all h, and the last one.
+    """
+
+    def replaced(function: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> tuple[mx.array, mx.array]:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            given = bound.arguments
+            return scan.diagonal(given[x], given[a], given[h])
+
+        return run
+
+    return replaced
 
 
 def _no_padding(mask: mx.array | None) -> None:

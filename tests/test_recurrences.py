@@ -12,11 +12,12 @@ import pytest
 from mlx import nn
 from mlx_lm.models.gated_delta import gated_delta_update
 from mlx_lm.models.ssm import ssm_update
-from mlxrewrite.kernels import delta, depthwise, launch, linear, state_step, triangles
-from mlxrewrite.kernels.dialects.cpu import KernelError
+from mlxrewrite.kernels import delta, depthwise, launch, linear, scan, state_step, triangles
+from mlxrewrite.kernels.dialects.cpu import KernelError, static
+from mlxrewrite.kernels.dialects.cpu.source import Input
 from mlxrewrite.kernels.render import render
-from mlxrewrite.kernels.state_specs import state_step_spec, supports
-from mlxrewrite.runtime.recurrences import convolve, delta_rule, state_space_dual
+from mlxrewrite.kernels.state_specs import DepthwiseSpec, ScanSpec, state_step_spec, supports
+from mlxrewrite.runtime.recurrences import convolve, delta_rule, diagonal_scan, state_space_dual
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 TOLERANCE = {"float32": 2e-6, "float16": 1e-3, "bfloat16": 6e-3}
@@ -335,3 +336,62 @@ def test_other_convolutions_are_called_as_they_are():
         lambda x: 2 * x,
     ):
         assert mx.array_equal(convolve(x, module), module(x))
+
+
+# ------------------------------------------------------------------------------------- scans
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("length", [1, 2, 9, 40])
+@pytest.mark.parametrize("begun", [False, True])
+def test_diagonal_recurrences(length, begun, dtype):
+    rng = np.random.default_rng(5)
+    shape = (2, length, 40)
+    x, a = rng.standard_normal(shape), rng.random(shape)
+    a[rng.random(shape) < 0.2] = 0.0
+    x, a = (mx.array(part.astype(np.float32)).astype(DTYPES[dtype]) for part in (x, a))
+    start = mx.array(rng.standard_normal((2, 40)).astype(np.float32)) if begun else None
+    held, want = np.zeros((2, 40)) if start is None else np.array(start, np.float64), []
+    exact_x, exact_a = (np.array(part.astype(mx.float32)).astype(np.float64) for part in (x, a))
+    for t in range(length):
+        held = exact_a[:, t] * held + exact_x[:, t]
+        want.append(held)
+    function = diagonal_scan("x", "a", "h")(lambda a, x, h=None: None)
+    plain = function(a, x, start) if begun else function(a, x=x)
+    with launch.backend("runner"):
+        kernel = scan.diagonal(x, a, start)
+        mx.eval(kernel)
+    for y, last in (plain, kernel):
+        assert y.dtype == x.dtype and error(y, np.stack(want, 1)) < TOLERANCE[dtype]
+        assert error(last, held) < 1e-6
+
+
+def test_what_the_kernels_ask_of_metal():
+    """The readers of Metal text find nothing, with few and with many elements of each input."""
+    for count in (1, 64):
+        arrays = Case(count=count, dtype="bfloat16", value_heads=1, key_heads=1).arrays()
+        gates = [mx.zeros((count, 1, 1)), mx.zeros((count, 1, 1, 32))]
+        for delta_, gate in ((d, g) for d in (False, True) for g in gates):
+            spec = state_step_spec(*arrays[:3], per_channel=gate.ndim == 4, delta=delta_)
+            made = [*arrays[:3], gate, *arrays[4:5][: int(delta_)], arrays[5]]
+            assert not _findings(spec, made, [mx.bfloat16, mx.float32])
+    for bias in (False, True):
+        spec = DepthwiseSpec("float16", 70, 4, 2, 3, bias)
+        rows = [mx.zeros((1, 5, 70), mx.float16), mx.zeros((70, 4, 1), mx.float16)]
+        rows += [mx.zeros(70)] * bias
+        assert not _findings(spec, [*rows, mx.zeros(8, mx.int32)], [mx.float16])
+    wide = mx.zeros((1, 5, 70))
+    inputs = [wide, wide, mx.zeros((1, 70)), mx.zeros(8, mx.int32)]
+    assert not _findings(ScanSpec("float32", 70, 1, 8), inputs, [mx.float32, mx.float32])
+
+
+def _findings(spec, arrays, dtypes):
+    kernel = render(spec)
+    return static.check(
+        name=kernel.name,
+        inputs=[Input.of(n, a) for n, a in zip(kernel.input_names, arrays, strict=True)],
+        output_names=kernel.output_names,
+        output_dtypes=dtypes,
+        source=kernel.source,
+        header=kernel.header,
+    )
