@@ -69,24 +69,35 @@ def gather(
 ) -> tuple[mx.array, mx.array | None, Pool]:
     """Positions low.. of one sequence: [1, Hkv, positions, Dk], the same with Dv, the next pool."""
     high = ragged.context_lens[sequence]
+    keys, values, pool = take(pool, ragged.padded_index(sequence, low, high), high - low)
+    return keys[None], None if values is None else values[None], pool
+
+
+def take(pool: Pool, slots: mx.array, count: int) -> tuple[mx.array, mx.array | None, Pool]:
+    """The first `count` of some slots, int32 of at least MIN_METADATA entries: [Hkv, count, Dk],
+    the same with Dv, the next pool."""
     spec = policy.gather_spec(dtype_name(pool.dtype), pool.kv_heads, pool.key_dim, pool.value_dim)
     widths = [pool.key_dim] if pool.value_dim is None else [pool.key_dim, pool.value_dim]
     inputs = {
         **_pools(pool),
-        "slots": ragged.padded_index(sequence, low, high),
-        "lengths": ragged.once(
-            ("length", high - low), lambda: mx.array([high - low] * MIN_METADATA, mx.int32)
-        ),
+        "slots": slots,
+        "lengths": _lengths(count, launch.active()),
         "token_in": pool.token,
     }
     made = render(spec)(
         inputs,
-        [*(((1, pool.kv_heads, high - low, width), pool.dtype) for width in widths), TOKEN],
-        groups=high - low,
+        [*(((pool.kv_heads, count, width), pool.dtype) for width in widths), TOKEN],
+        groups=count,
         threads=spec.threads,
     )
     values = None if pool.values is None else made[1]
     return made[0], values, replace(pool, token=made[-1])
+
+
+@lru_cache(maxsize=256)
+def _lengths(count: int, where: launch.Backend | None) -> mx.array:
+    del where  # an array for each back end
+    return mx.array([count] * MIN_METADATA, mx.int32)
 
 
 @lru_cache(maxsize=256)

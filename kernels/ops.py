@@ -25,7 +25,7 @@ import mlx.core as mx
 from . import calls, launch, policy, reference
 from .policy import Route
 from .pools import Layout, Pool, new_pool
-from .ragged import Ragged
+from .ragged import MIN_METADATA, Ragged
 from .specs import AttentionSpec, supports
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "gather",
     "new_pool",
     "supports",
+    "take",
     "write_kv",
 ]
 
@@ -141,6 +142,21 @@ def gather(
     if pool.values is None:
         return keys, None, pool
     return keys, reference.gather(pool.values, pool, ragged, sequence, low), pool
+
+
+def take(pool: Pool, slots: mx.array) -> tuple[mx.array, mx.array | None, Pool]:
+    """Keys and values at slots of the pool (block * block_size + offset), int32 [n] made on any
+    device: [Hkv, n, Dk], the same with Dv, and the pool to use next.
+
+    A pool's arrays must not be read in any other way where writes are in place: MLX orders what
+    runs by the arrays that it knows to be written, and a pool is not among them.
+    """
+    if not _on_kernels(pool):
+        return (*reference.take(pool, slots), pool)
+    count = slots.size
+    if count < MIN_METADATA:
+        slots = mx.pad(slots, (0, MIN_METADATA - count))
+    return calls.take(pool, slots, count)
 
 
 def copy_blocks(pool: Pool, sources: Sequence[int], targets: Sequence[int]) -> Pool:

@@ -62,6 +62,17 @@ def gather(store: mx.array, pool: Pool, ragged: Ragged, sequence: int, low: int)
     return mx.take(store, ragged.index(sequence, low, high), axis=1)[None]
 
 
+def take(pool: Pool, slots: mx.array) -> tuple[mx.array, mx.array | None]:
+    """Keys and values at slots [n]: [Hkv, n, Dk], the same with Dv."""
+
+    def taken(store: mx.array) -> mx.array:
+        if pool.layout == "pages":
+            return mx.take(store.flatten(0, 1), slots, axis=0).swapaxes(0, 1)
+        return mx.take(store, slots, axis=1)
+
+    return taken(pool.keys), None if pool.values is None else taken(pool.values)
+
+
 def first_seen(position: int, window: int | None, chunk: int | None) -> int:
     """The oldest position that a row at `position` sees."""
     low = 0

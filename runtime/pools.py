@@ -9,7 +9,6 @@ import mlx.core as mx
 import numpy as np
 from mlxrewrite.kernels import ops
 from mlxrewrite.kernels.ops import Ragged
-from mlxrewrite.kernels.policy import writes_in_place
 
 
 class EntryPool:
@@ -142,14 +141,9 @@ class EntryPool:
 
     def entries_at(self, slots: mx.array) -> mx.array:
         """The keys of one head at slots of the pool: int32 [...] -> [..., Dk]."""
-        pool = self.pool
-        keys = pool.keys
-        if writes_in_place():  # a read behind MLX's graph: between the writes before and after it
-            keys = mx.depends(keys, pool.token)
-        found = keys.flatten(0, 1)[slots, 0] if pool.layout == "pages" else keys[0][slots]
-        if writes_in_place():
-            self._pool = replace(pool, token=mx.depends(pool.token, found))
-        return found
+        keys: mx.array
+        keys, _, self._pool = ops.take(self.pool, slots.flatten().astype(mx.int32))
+        return keys[0].reshape(*slots.shape, -1)
 
     def require_written(self, serial: int) -> None:
         if self.serial != serial:

@@ -253,6 +253,23 @@ def test_write_gather_copy(form: str, values: bool, monkeypatch: pytest.MonkeyPa
             assert (got_values is not None) == values
 
 
+@pytest.mark.parametrize("where", [BACK_END, None])
+@pytest.mark.parametrize("count", [3, 20])
+def test_take(where: launch.Backend | None, count: int):
+    """Slots that the device worked out, a few and many, on kernels and in the plain form."""
+    with launch.backend(where):
+        pool = ops.new_pool(
+            num_blocks=4, block_size=8, kv_heads=2, key_dim=6, value_dim=4, dtype=mx.float16
+        )
+        ragged = Ragged.build([32], [32], [[2, 0, 3, 1]], 8)
+        rows = [mx.random.normal((32, 2, width)).astype(mx.float16) for width in (6, 4)]
+        pool = ops.write_kv(*rows, pool, ragged)
+        positions = np.random.default_rng(count).integers(0, 32, count)
+        keys, values, pool = ops.take(pool, mx.array(ragged.host_slots[positions].astype(np.int32)))
+        assert mx.array_equal(keys, rows[0][mx.array(positions)].swapaxes(0, 1))
+        assert mx.array_equal(values, rows[1][mx.array(positions)].swapaxes(0, 1))
+
+
 @pytest.mark.usefixtures("kernels")
 def test_rows_are_cast_to_the_pool():
     check(Case(**SINGLE, dtype="float32", pool_dtype="bfloat16"))
