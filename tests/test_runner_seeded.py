@@ -335,7 +335,21 @@ def outcome(bug: Bug, monkeypatch: pytest.MonkeyPatch) -> str:
     return STATIC if any(check(**one.described) for one in ran) else ""
 
 
-@pytest.mark.parametrize("name", BUGS)
+def first_of_each(bugs: dict[str, Bug]) -> set[str]:
+    """One bug of each template and way to be seen: the others are slow together."""
+    found: dict[tuple[str, str], str] = {}
+    for name, bug in bugs.items():
+        found.setdefault((bug.template, bug.seen_by), name)
+    return set(found.values())
+
+
+QUICK = first_of_each(BUGS)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in BUGS],
+)
 def test_bug_in_a_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     bug = BUGS[name]
     report = outcome(bug, monkeypatch)

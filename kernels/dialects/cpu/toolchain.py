@@ -33,6 +33,7 @@ COMMON_FLAGS = (
     "-nostdinc++",
     "-O2",
     "-g1",
+    "-gdwarf-4",
     "-fPIC",
     "-fno-exceptions",
     "-fno-rtti",
