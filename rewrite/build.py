@@ -6,6 +6,7 @@ of every source that was read. Time stamps count for nothing.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -129,6 +130,9 @@ def _compile_all(package: Package, modules: list[str], jobs: int) -> Iterator[Bu
 
 
 def _chunk_list(package: Package, modules: list[str]) -> list[Built]:
+    # A worker makes trees that live as long as it does: looking for garbage in them takes a third
+    # of its time and finds none.
+    gc.disable()
     return list(_compile_chunk(package, modules))
 
 

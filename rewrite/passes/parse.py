@@ -1,9 +1,10 @@
-"""Source bytes to syntax: the only module that knows Python's own parser.
+"""Source bytes to syntax: the only module that knows parsers.
 
-The standard library's `ast` gives every node its place in bytes, at a tenth of the time a concrete
-syntax tree costs, and edits are byte spans, so nothing else of the text is needed. Parentheses are
-the one thing it leaves out: they are looked up in the text, so that a span covers the parentheses
-around its expression.
+libcst reads every file: it says whether the text is Python, whatever interpreter runs the compiler,
+and must print it back byte for byte. Places come from the standard library's `ast`, which has them
+in bytes at a tenth of the time that libcst's metadata takes; edits are byte spans, so nothing else
+of the concrete tree is needed. Parentheses are the one thing `ast` leaves out: they are looked up in
+the text, so that a span covers the parentheses around its expression.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from io import BytesIO
 from typing import Any
+
+import libcst
 
 from ..ir import (
     Assign,
@@ -73,7 +76,9 @@ def parse(source: Source) -> Module:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of escapes in the model's strings: not ours to tell
             tree = ast.parse(source.data)
-        return Module(source, _Lower(source).suite(tree.body))
+        body = _Lower(source).suite(tree.body)
+        _read_concretely(source)
+        return Module(source, body)
     except SyntaxError as error:
         last = len(source.line_starts)
         line = min(max(error.lineno or 1, 1), last)
@@ -82,6 +87,21 @@ def parse(source: Source) -> Module:
         raise ParseError(source, f"cannot decode the file: {error}", 1, 1) from error
     except (RecursionError, MemoryError) as error:
         raise ParseError(source, "nested too deeply", 1, 1) from error
+
+
+def _read_concretely(source: Source) -> None:
+    """Have libcst read the file, after the depth of its syntax is known to be harmless.
+
+    Its grammar is not the interpreter's, so two parsers must agree that this is Python; and what it
+    read must print as the very bytes of the file, which edits by spans rely on.
+    """
+    try:
+        module = libcst.parse_module(source.data)
+    except libcst.ParserSyntaxError as error:
+        line = min(max(error.raw_line, 1), len(source.line_starts))
+        raise ParseError(source, error.message, line, error.raw_column + 1) from error
+    if module.bytes != source.data:
+        raise ParseError(source, "the concrete syntax does not print as the file", 1, 1)
 
 
 _BINARY: dict[type[ast.operator], str] = {

@@ -1,0 +1,1 @@
+"""Rewritten models (build output) and their manifests."""
