@@ -15,17 +15,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 from mlx_lm import server as upstream
 
 from .batch_generator import PagedBatchGenerator
 from .engine import Drafter, Engine
 from .errors import RuntimeRefusal
 from .load import load, model_folder, read_config
+from .memory import device_memory
 from .rebind import rebound
 from .sampling import Seeded
 from .speculative import ModelDrafter, NgramDrafter
 
 CONCURRENCY = 256  # requests in a step, where the command line says nothing else
+HOST_MEMORY = 2 << 30  # bytes of caches on the CPU, if nothing is said and so much is free
 POLL_SECONDS = 0.01  # of steps between two looks for new requests
 
 
@@ -87,9 +90,13 @@ class Provider(upstream.ModelProvider):  # type: ignore[misc]
     def _load(
         self, model_path: str, adapter_path: str | None = None, draft: str | None = None
     ) -> None:
+        if self.is_distributed and self.cli_args.kv_memory is None:
+            # Each process decides who runs, and all must decide the same.
+            raise RuntimeRefusal("several processes need --kv-memory, the same for all")
         rebound(
             upstream.ModelProvider._load,
             load=self._rewritten,
+            sharded_load=self._sharded,
             make_prompt_cache=lambda model: [],
         )(self, model_path, adapter_path, draft)
         self.is_batchable = True
@@ -99,6 +106,27 @@ class Provider(upstream.ModelProvider):  # type: ignore[misc]
     ) -> tuple[Any, ...]:
         found = load(path, generated=self.cli_args.generated, **options)
         return (*found, read_config(model_folder(path))) if return_config else found
+
+    def _sharded(
+        self,
+        path: str,
+        *,
+        pipeline_group: Any,
+        tensor_group: Any,
+        return_config: bool,
+        **options: Any,
+    ) -> tuple[Any, ...]:
+        """The part of a model that this process computes, cut by the model's own `shard`."""
+        del pipeline_group, return_config  # pipelines are refused on the command line
+        model, tokenizer = load(path, generated=self.cli_args.generated, lazy=True, **options)
+        if not hasattr(model, "shard"):
+            raise RuntimeRefusal(
+                f"{path}: its model file has no `shard`, so it runs in one process"
+            )
+        model.shard(tensor_group)
+        mx.eval(model.parameters())
+        mx.eval(mx.distributed.all_sum(mx.array(1.0), stream=mx.cpu))  # until all have loaded
+        return model, tokenizer, read_config(model_folder(path))
 
 
 class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
@@ -141,7 +169,8 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
         self._batch = PagedBatchGenerator(
             model,
             keep_caches=False,
-            kv_memory=given.kv_memory,
+            # A server has a fixed pool: what fits in it is known before a request is taken.
+            kv_memory=given.kv_memory or _default_memory(),
             block_size=given.block_size,
             reuse=not given.no_prefix_cache,
             observer=self.metrics,
@@ -234,6 +263,11 @@ class Handler(upstream.APIHandler):  # type: ignore[misc]
 def _make_sampler(args: Any, tokenizer: Any) -> Any:
     sampler = upstream._make_sampler(args, tokenizer)
     return sampler if args.seed is None else Seeded(sampler, args.seed)
+
+
+def _default_memory() -> int:
+    found = device_memory()
+    return min(found, HOST_MEMORY) if mx.default_device() == mx.cpu else found
 
 
 def _same(one: str, other: str) -> bool:
