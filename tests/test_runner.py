@@ -321,3 +321,16 @@ def test_the_newest_clang_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert toolchain.compiler.__wrapped__().command == (str(tmp_path / "clang++-19"),)
     (tmp_path / "clang++-19").chmod(0o644)
     assert toolchain.compiler.__wrapped__().command == (str(tmp_path / "clang++-14"),)
+
+
+def test_a_cache_folder_that_cannot_be_made(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from mlxrewrite.kernels.dialects.cpu import toolchain
+
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    folder = toolchain.cache_folder.__wrapped__()
+    assert folder.is_dir() and not folder.is_relative_to(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert toolchain.cache_folder.__wrapped__() == tmp_path / "mlxrewrite" / "kernels"

@@ -7,6 +7,7 @@ time and may be shared by processes: files are written aside and renamed.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import importlib.util
 import os
@@ -158,10 +159,19 @@ def compiler() -> Compiler:
 
 @cache
 def cache_folder() -> Path:
+    """Where compiled kernels are kept; a folder of this process where that cannot be written."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(base) / "mlxrewrite" / "kernels"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        pass
+    else:
+        if os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    own = tempfile.TemporaryDirectory(prefix="mlxrewrite-kernels-")
+    atexit.register(own.cleanup)
+    return Path(own.name)
 
 
 @cache
