@@ -256,6 +256,13 @@ def test_too_many_threads() -> None:
         run("o[0] = 1.0f;", threads=2048)
 
 
+def test_too_many_buffers() -> None:
+    arrays = {f"a{n}": mx.zeros((8,)) for n in range(16)}
+    names = " + ".join(f"{name}_shape[0]" for name in list(arrays)[:15])
+    with pytest.raises(ValueError, match="32 buffers; Metal has 31 at most"):
+        run(f"o[0] = float({names});", **arrays)
+
+
 def test_one_clear_error_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     from mlxrewrite.kernels.dialects.cpu import toolchain
 

@@ -35,6 +35,7 @@ Array = npt.NDArray[Any]
 Dims = tuple[int, int, int]
 
 MAX_THREADS = 1024
+MAX_BUFFERS = 31  # shapes, strides and ranks that a body names count too
 THREADGROUP_MEMORY = 32 << 10
 MAX_WORKERS = 8
 # numpy's stand-in where it has no such type.
@@ -322,6 +323,10 @@ class CpuKernel:
         made, text = self.text(arrays, output_dtypes, template or ())
         if verbose:
             print(f"Generated source code for `{self.name}`:\n```\n{made.text}\n```")
+        if len(made.parameters) > MAX_BUFFERS:
+            raise ValueError(
+                f"{self.name}: {len(made.parameters)} buffers; Metal has {MAX_BUFFERS} at most"
+            )
         library = kernel_library(text, check)
         outputs = [
             _fresh(shape, dtype, init_value)
