@@ -246,7 +246,7 @@ def write(batch: int) -> dict[str, Any]:
 
 def device() -> str:
     info = mx.device_info() if hasattr(mx, "device_info") else {}
-    return f"{launch.active()}: {info.get('device_name', 'unknown')}"
+    return f"{launch.active()}, {info.get('device_name', 'unknown')}"
 
 
 def run(target: Path, quick: bool, seconds: float) -> None:
@@ -320,7 +320,7 @@ def report(source: Path, folder: Path) -> None:
     """kernels.md's table and plot, from what a device measured."""
     made = json.loads(source.read_text())
     rows = [
-        f"Measured with MLX {made['mlx']} on {made['device']}; elementwise copy "
+        f"Measured with MLX {made['mlx']}, {made['device']}; elementwise copy "
         f"{made['copy_gbs']:.0f} GB/s. GB/s of useful keys and values; x: MLX's time over ours.",
         "",
     ]
@@ -392,7 +392,7 @@ def report(source: Path, folder: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("GB/s of useful keys and values")
     axes[0][0].legend(title="pages (solid), MLX (dotted)")
-    figure.suptitle(f"Decode attention on {made['device']}; gray: elementwise copy")
+    figure.suptitle(f"{made['device']}; gray: elementwise copy", fontsize=10)
     figure.tight_layout()
     figure.savefig(folder / "kernels_measured.png", dpi=110)
 

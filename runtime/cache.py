@@ -24,6 +24,7 @@ from .states import Snapshot, StateTable
 from .views import VIEWS, ForeignView, Leaf, ListView, StateLeaf, StateView, View
 
 Tokens = Sequence[int] | mx.array | Sampled
+POOL_DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 LogitRows = Literal["last", "all"] | Mapping[int, Sequence[int]]
 
 
@@ -77,6 +78,10 @@ class PagedCache:
     ) -> None:
         if block_size < 1:
             raise RuntimeRefusal(f"block size: expected at least 1, got {block_size}")
+        if dtype is not None and dtype not in POOL_DTYPES:
+            raise RuntimeRefusal(
+                f"dtype of the caches: expected float32, float16 or bfloat16, got {dtype}"
+            )
         self.model = model
         self.block_size = block_size
         self.specs = cache_specs(model)
@@ -96,6 +101,16 @@ class PagedCache:
         self._next_id = 0
         self._serial = 0
         self._store = _Originals(self)
+
+    @property
+    def gathered_layers(self) -> dict[str, str]:
+        """Cache entries whose attention no kernel serves, and what kernels there are; MLX's own
+        attention over gathered pages serves them. Known once a step has run."""
+        return {
+            f"cache entry {'.'.join(map(str, path))}": leaf.pool.lacking
+            for path, leaf in sorted(self._leaves.items())
+            if leaf.pool.lacking is not None
+        }
 
     # ------------------------------------------------------------- sequences
 

@@ -15,17 +15,20 @@ class EntryPool:
     """Keys and values of one entry's blocks, threaded through the ops.
 
     The first write makes the pool, from the shapes and the type of what is written; `dtype`
-    overrides the type. With `poison`, blocks that nobody holds are NaN. Latents lie side by side
-    with their rope keys, as keys without values; `rank` is then the width of a latent. Keys that
-    are only ranked (`index`) have no values either.
+    overrides the type. `lacking` says why no kernel serves its attention, once there was some.
+    With `poison`, blocks that nobody holds are NaN. Latents lie side by side with their rope keys,
+    as keys without values; `rank` is then the width of a latent. Keys that are only ranked
+    (`index`) have no values either.
     """
 
     __slots__ = (
+        "_asked",
         "_pool",
         "_rows_dtype",
         "block_size",
         "dtype",
         "index",
+        "lacking",
         "num_blocks",
         "poison",
         "rank",
@@ -40,6 +43,8 @@ class EntryPool:
         self.dtype = dtype
         self.poison = poison
         self.rank: int | None = None
+        self.lacking: str | None = None
+        self._asked = False
         self.index = False
         self.serial = -1
         self._pool: ops.Pool | None = None
@@ -119,6 +124,10 @@ class EntryPool:
         if queries.dtype != self._rows_dtype:
             zeros = mx.array(0, queries.dtype), mx.array(0, self._rows_dtype)
             queries = queries.astype(mx.result_type(*zeros))
+        if not self._asked:
+            self._asked = True
+            spec = ops.attention_spec(queries, self.pool, self.rank, softcap, sinks)
+            self.lacking = ops.supports(spec)
         out: mx.array
         out, self._pool = ops.attention(
             queries,

@@ -7,6 +7,7 @@ They run through the CPU runner; MLXREWRITE_BACKEND=metal or cuda runs them on t
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import fields, replace
 
@@ -18,6 +19,9 @@ from kernel_cases import TOLERANCE, Case
 from mlxrewrite.kernels import calls, inspect, launch, ops, plans, policy
 from mlxrewrite.kernels.ops import AttentionSpec, Ragged
 from mlxrewrite.kernels.render import render, template_variables
+from mlxrewrite.runtime.cache import PagedCache
+from mlxrewrite.runtime.errors import RuntimeRefusal
+from runtime_models.pairs import make_pair
 
 SINGLE = {"query_lens": (1, 1, 1), "context_lens": (1, 37, 200)}
 MIXED = {"query_lens": (1, 5, 35, 2), "context_lens": (9, 37, 70, 130)}
@@ -176,6 +180,21 @@ def test_what_no_kernel_has_is_gathered():
     check(replace(case, softcap=2.0, sinks=True))
     with pytest.raises(ValueError, match="key head dim 20: kernels exist for multiples of 16"):
         check(case, "kernel")
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_model_says_which_layers_have_no_kernel():
+    """Head dims of 8: the gathered route serves them, and the cache names them."""
+    _, model = make_pair("plain")
+    for block_size, words in ((16, "key head dim"), (5, "block size 5|key head dim")):
+        cache = PagedCache(model, block_size, num_blocks=8)
+        assert not cache.gathered_layers
+        cache.step({cache.add_sequence(): [1, 2, 3]})
+        assert len(cache.gathered_layers) == len(cache.specs)
+        for name, reason in cache.gathered_layers.items():
+            assert name.startswith("cache entry ") and re.match(words, reason), (name, reason)
+    with pytest.raises(RuntimeRefusal, match="expected float32, float16 or bfloat16, got"):
+        PagedCache(model, 16, dtype=mx.int8)
 
 
 def test_reasons():
