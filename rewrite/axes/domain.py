@@ -82,12 +82,14 @@ class Array(Value):
     of the entries: "start", the position of a chunk's first token; "end", its sequence's length;
     "steps", places in a chunk; "unturned", a rotary embedding without positions; "order", "inverse"
     and "owner" of the expert sorting; "row", one token's part in a loop over tokens, and "each",
-    such parts of all tokens.
+    such parts of all tokens. `term` says how entries were computed, where a branch on the number of
+    tokens makes that matter: equal terms are equal entries, up to a permutation of rows.
     """
 
     axes: tuple[Axis, ...] | None
     open: bool = False
     tag: tuple[Hashable, ...] = ()
+    term: Hashable = field(default=None, compare=False)
 
     @property
     def token_factors(self) -> tuple[Factor, ...]:
@@ -208,6 +210,7 @@ class Instance(Value):
     layer: str = ""
     depth: int = 0
     forward: bool = False  # made during a forward pass
+    width: Hashable = None  # of what it gives, if that is known
 
     def __repr__(self) -> str:
         return f"<{self.cls.name if self.cls else self.layer}>"
@@ -278,11 +281,14 @@ class Dead(Exception):
 
 
 class Refused(Exception):
-    """The proof ends here. `slug` is one of the diagnostics', `nearest` what would be provable."""
+    """The proof ends here. `slug` is one of the diagnostics', `nearest` what would be provable.
 
-    def __init__(self, slug: str, message: str, nearest: str = "") -> None:
+    `at` is where, if that is not where the interpreter stands: a module and a span.
+    """
+
+    def __init__(self, slug: str, message: str, nearest: str = "", at: Any = None) -> None:
         super().__init__(message)
-        self.slug, self.message, self.nearest = slug, message, nearest
+        self.slug, self.message, self.nearest, self.at = slug, message, nearest, at
 
 
 def options(value: Value) -> tuple[Value, ...]:
@@ -300,6 +306,8 @@ def parts(value: Value) -> Iterator[Value]:
                 yield element
         case Iterable_(element=element):
             yield element
+        case Slice(lower=lower, upper=upper, step=step):
+            yield from (lower, upper, step)
         case Table(entries=entries, other=other):
             yield from entries.values()
             if other is not None:
@@ -361,8 +369,11 @@ def _either(one: Hashable, two: Hashable) -> Hashable:
 
 def join(one: Value, two: Value) -> Value:
     """What is true of both, or a choice of both."""
-    if one is two or one == two:
+    if one is two:
         return one
+    if one == two and not isinstance(one, Tuple):
+        differ = isinstance(one, Array) and isinstance(two, Array) and one.term != two.term
+        return Array(one.axes, one.open, one.tag) if differ and isinstance(one, Array) else one
     if isinstance(one, Undefined):
         return two
     if isinstance(two, Undefined):

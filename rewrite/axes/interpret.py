@@ -9,7 +9,7 @@ is refused, unless a rule says what it does to token axes.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -81,6 +81,7 @@ from .domain import (
 from .indexing import index, store
 from .layers import FUNCTIONS, KERNELS, LAYERS, SITES, as_linear, check_rows, some_site, updated
 from .rules import RULES, Rule, arithmetic, array
+from .shapes import size_key
 from .world import REWRITTEN, Text, World
 
 _SITES = "mlxrewrite.runtime.sites."
@@ -144,10 +145,10 @@ class Interpreter:
         self.memo: dict[Any, Value] = {}
         self.unmemoised = 0
         self.assumed: dict[Any, bool] = {}
-        self.trace: list[tuple[str, Any]] = []
         self.assumptions: dict[Assumption, None] = {}
         self.reads: set[tuple[int, str]] = set()
         self.operations: set[str] = set()
+        self.tests: list[Expr] = []  # of the branches control is in
         self.added: list[tuple[Items, Value, int]] | None = None  # in a loop over tokens
 
     # ----------------------------------------------------------------- entry
@@ -185,6 +186,12 @@ class Interpreter:
     def failure(self, problem: Refused) -> Failure:
         """The innermost place in the file itself, or in a rewritten sibling."""
         where, label = None, ""
+        if problem.at is not None:
+            module, span = problem.at
+            text = self.world.text(module)
+            self.frames.clear()
+            place = text.place(span) if text is not None else None
+            return Failure(problem.slug, problem.message, problem.nearest, place, "")
         for frame in reversed(self.frames):
             text = self.world.text(frame.scope.module)
             if text is None:
@@ -204,7 +211,7 @@ class Interpreter:
 
     def here(self) -> Any:
         frame = self.frames[-1]
-        return (frame.scope.module, frame.where.start)
+        return (frame.scope.module, frame.where)
 
     def assume(self, text: str) -> None:
         place = None
@@ -219,15 +226,16 @@ class Interpreter:
         def run(args: Sequence[Value], more: dict[str, Value]) -> Value:
             live = any(map(is_live, (*args, *more.values())))
             if live:
-                self.trace.append((rule.name, self.here()))
                 self.operations.add(rule.name)
-                if rule.name != "paged_attention" and any(map(_unturned, (*args, *more.values()))):
-                    array_rules.elementwise(self, Array((), tag=("unturned",)))
+                if rule.name != "paged_attention":
+                    for value in (*args, *more.values()):
+                        if (wrong := _unturned(value)) is not None:
+                            array_rules.elementwise(self, wrong)
             try:
                 row = _row((*args, *more.values()))
                 if row is not None:
                     return self.on_row(rule, row, args, more)
-                return rule.apply(self, *args, **more)
+                return self.with_term(rule.name, rule.apply(self, *args, **more), args, more)
             except TypeError:
                 if not live:
                     return PARAMETER
@@ -240,6 +248,22 @@ class Interpreter:
                 raise
 
         return self.each(run, args, more)
+
+    def with_term(
+        self, name: Hashable, result: Value, args: Sequence[Value], more: dict[str, Value]
+    ) -> Value:
+        """The result, told by how it was computed, while both ways of a branch are compared."""
+        if not self.unmemoised:
+            return result
+        first = args[0] if args else NONE
+        if name in _PERMUTING and isinstance(first, Array):
+            order = [v for v in args[1:] if isinstance(v, Array) and v.live]
+            restored = all(v.tag[:1] in (("order",), ("owner",), ("inverse",)) for v in order)
+            if restored and (order or name != "index"):
+                return _termed(result, first.term)
+        words = [_term(v) for v in args] + [(k, _term(v)) for k, v in sorted(more.items())]
+        unknown = any(word is None or word[1:] == (None,) for word in words)
+        return _termed(result, None if unknown else (name, *words))
 
     def on_row(self, rule: Rule, row: Any, args: Sequence[Value], more: dict[str, Value]) -> Value:
         """A rule for one token's parts: whatever it computes, it computes for each token alone."""
@@ -472,9 +496,8 @@ class Interpreter:
             return CONSTANT
         function, reason = entry
         name = f"nn.{layer.layer}"
-        return self.apply(
-            Rule(name, lambda c, *a, **k: function(c, layer, *a, **k), reason), args, more
-        )
+        rule = Rule(name, lambda c, *a, **k: function(c, layer, *a, **k), reason)
+        return self.with_term((name, id(layer)), self.apply(rule, args, more), args, more)
 
     def decorated(
         self, function: Function, module: str, this: Value | None, owner: ClassValue | None
@@ -518,7 +541,7 @@ class Interpreter:
         key = self.memo_key(routine, names)
         if key is not None and not self.unmemoised and key in self.memo:
             return self.memo[key]
-        trace, frames, depth, forward = len(self.trace), len(self.frames), self.depth, self.forward
+        frames, depth, forward = len(self.frames), self.depth, self.forward
         try:
             result = self.run(routine, names)
         except Dead:
@@ -528,7 +551,7 @@ class Interpreter:
         except Fork as fork:
             del self.frames[frames:]
             self.depth = depth
-            result = self.both_ways(routine, names, fork.test, trace)
+            result = self.both_ways(routine, names, fork.test)
             key = None
         if key is not None:
             self.memo[key] = result
@@ -559,46 +582,35 @@ class Interpreter:
         self.frames.pop()
         return result
 
-    def both_ways(
-        self, routine: Routine, names: dict[str, Value], test: CountTest, trace: int
-    ) -> Value:
-        """A branch on how many tokens there are: both ways must do the same to every row.
+    def both_ways(self, routine: Routine, names: dict[str, Value], test: CountTest) -> Value:
+        """A branch on how many tokens there are: both ways must compute the same for every row.
 
-        The same operations at the same places, but for a permutation of rows that is undone: that
+        The same operations on the same values, but for a permutation of rows that is undone: that
         is what expert sorting does for speed.
         """
         results: list[Value] = []
-        traces: list[list[tuple[str, Any]]] = []
-        before = len(self.frames)
+        before, depth = len(self.frames), self.depth
         self.unmemoised += 1
+        given = {name: _named(value, (id(test), name)) for name, value in names.items()}
         for outcome in (True, False):
             del self.frames[before:]
-            del self.trace[trace:]
+            self.depth = depth
             self.assumed[test.key] = outcome
-            results.append(self.run(routine, dict(names)))
-            traces.append(self.trace[trace:])
+            results.append(self.run(routine, dict(given)))
         del self.assumed[test.key]
         self.unmemoised -= 1
-        longer, shorter = sorted(traces, key=len, reverse=True)
-        rest = list(longer)
-        for step in shorter:
-            if step in rest:
-                rest.remove(step)
-            else:
-                self.refuse_test(test)
-        if any(name not in _PERMUTING for name, _ in rest) or not (
-            results[0] == results[1] or join(results[0], results[1]) == results[0]
-        ):
+        one, two = results
+        if one != two or not _same_terms(one, two):
             self.refuse_test(test)
-        self.trace[trace:] = longer
         self.operations.add("permutation")
-        return join(*results)
+        return one
 
     def refuse_test(self, test: CountTest) -> None:
         kinds = {f.kind for f in test.factors}
+        at = test.key[0] if isinstance(test.key, tuple) else None
         if kinds == {"length"}:
-            raise Refused("length-dependent", "a branch on the length of a chunk")
-        raise Refused("token-count", "a branch on the number of tokens")
+            raise Refused("length-dependent", "a branch on the length of a chunk", at=at)
+        raise Refused("token-count", "a branch on the number of tokens", at=at)
 
     def bind(
         self, routine: Routine, args: Sequence[Value], more: dict[str, Value]
@@ -691,7 +703,8 @@ class Interpreter:
         if reason is None or known is None:
             raise Refused("unknown-operation", "a custom kernel", "mlx's own operations")
         self.assume(f"a custom kernel, read and not run: {reason}")
-        return Tuple(tuple(self.apply(RULES["zeros"], (shape,), {}) for shape in known))
+        made = [self.apply(RULES["zeros"], (shape,), {}) for shape in known]
+        return Tuple(tuple(_termed(v, None) for v in made))
 
     def call_nn(self, name: str, args: Sequence[Value], more: dict[str, Value]) -> Value:
         last = name.rpartition(".")[2]
@@ -704,8 +717,13 @@ class Interpreter:
             made = Instance(None, {}, last, self.depth, self.forward)
             if last == "Sequential":
                 made.attributes = {str(i): v for i, v in enumerate(args)}
-            elif last == "Linear" and more.get("bias") == Known(False):
-                made.attributes["bias"] = NONE
+            elif last in ("Linear", "Embedding"):
+                width = more.get(
+                    "output_dims", more.get("dims", args[1] if len(args) > 1 else NONE)
+                )
+                made.width = size_key(width)
+                if more.get("bias") == Known(False):
+                    made.attributes["bias"] = NONE
             return made
         if any(map(is_live, (*args, *more.values()))):
             raise Refused("unknown-operation", f"nn.{name} has no rule")
@@ -742,9 +760,9 @@ class Interpreter:
             base, key = bound.items
             if method not in ("add", "subtract", "multiply", "divide", "maximum", "minimum"):
                 raise Refused("unknown-operation", f"`.at[...].{method}` has no rule")
-            return self.apply(
-                Rule("at", lambda c, v: store(c, array(base), key, v), ""), args, more
-            )
+            rule = Rule("at", lambda c, b, v: store(c, array(b), key, v), "")
+            found = self.apply(rule, (base, *args), more)
+            return self.with_term(("at", method), found, (base, key, *args), more)
         if kind == "opaque":
             return self.call_opaque(method, args, more)
         if kind == "layer":
@@ -821,9 +839,8 @@ class Interpreter:
         self, layer: Instance, method: str, args: Sequence[Value], more: dict[str, Value]
     ) -> Value:
         if method == "as_linear":
-            return self.apply(
-                Rule(method, lambda c, x: as_linear(c, layer, x), "a product"), args, more
-            )
+            rule = Rule(method, lambda c, x: as_linear(c, layer, x), "a product")
+            return self.with_term((method, id(layer)), self.apply(rule, args, more), args, more)
         if method == "__call__":
             return self.call_layer(layer, args, more)
         if method == "get":
@@ -1097,6 +1114,8 @@ class Interpreter:
             if is_live(value):
                 raise Refused("unknown-operation", "an attribute whose name is computed")
             return CONSTANT
+        if isinstance(value, Instance) and self.forward and not value.forward:
+            self.reads.add((id(value), name.value))
         if isinstance(value, Instance) and value.cls is not None and default != UNDEFINED:
             held = name.value in value.attributes or self.member(value.cls, name.value) is not None
             if not held:
@@ -1234,17 +1253,23 @@ class Interpreter:
             self.reads.add((id(base), name))
         found = base.attributes.get(name)
         if found is not None:
-            return found
+            return self.held(base, name, found)
         if base.cls is not None:
             member = self.member(base.cls, name)
             if member is not None:
                 return self.bound_member(base, *member)
         if base.layer and name in ("weight", "bias", "scales", "biases"):
             rank = 1 if name == "bias" or base.layer.endswith("Norm") else 2
-            return Array((feature(),) * rank)
+            return self.held(base, name, Array((feature(),) * rank))
         if name == "training":
             return Known(False)
         return Library(f"layer.{name}", base)
+
+    def held(self, base: Instance, name: str, value: Value) -> Value:
+        """A value of an object, known by whose it is while both ways of a branch are compared."""
+        if self.unmemoised and isinstance(value, Array) and value.term is None:
+            return _termed(value, ("held", id(base), name))
+        return value
 
     def bound_member(self, base: Value, owner: ClassValue, syntax: Function | Expr) -> Value:
         if isinstance(syntax, Expr):
@@ -1313,7 +1338,8 @@ class Interpreter:
                 "state-on-self", f"`.{name}` keeps what tokens hold for the next call", "a cache"
             )
         again = (id(base), name) in self.reads
-        first = NONE in options(old) and not (expr is not None and _mentions(expr, name))
+        number = any(isinstance(v, (Known, Constant)) for v in options(value))
+        first = not number and any(_mentions(test, name) for test in self.tests)
         if again and not first and not (expr is not None and _settles(expr, name)):
             raise Refused("state-on-self", f"`.{name}` changes from call to call", "a cache")
         self.assume(f"`.{name}` is computed from the weights alone and kept on the model")
@@ -1503,10 +1529,8 @@ class Interpreter:
                 return self.apply(RULES["matmul"], pair, {})
             if _row(pair) is not None:
                 return self.apply(RULES["multiply"], pair, {})
-            if any(map(is_live, pair)):
-                self.trace.append((op, self.here()))
             try:
-                return arithmetic(self, op, left, right)
+                return self.with_term(op, arithmetic(self, op, left, right), pair, {})
             except TypeError:
                 return self._unknown_operand() if any(map(is_live, pair)) else PARAMETER
         if any(isinstance(v, (Count, CountTest)) for v in pair):
@@ -1736,8 +1760,10 @@ class Interpreter:
             return self.join_calls(lambda one: self.subscript(base, one), key.options)
         match base:
             case Array():
+                if is_live(key):
+                    return self.keyed(base, key)
                 rule = Rule("index", lambda c, x: index(c, array(x), key), "")
-                return self.apply(rule, (base,), {}) if not is_live(key) else self.keyed(base, key)
+                return self.with_term("index", self.apply(rule, (base,), {}), (base, key), {})
             case Tuple() | Items():
                 return self.item(base, key)
             case OpenShape():
@@ -1755,7 +1781,8 @@ class Interpreter:
                 raise Refused("cache-use", f"entries of a {kind} are read")
             case Instance():
                 if isinstance(key, Known) and isinstance(key.value, str):
-                    return base.attributes.get(key.value, PARAMETER)
+                    found = base.attributes.get(key.value, PARAMETER)
+                    return self.held(base, key.value, found)
                 return CONSTANT
             case Library(name="at", bound=bound) if bound is not None:
                 return Library("at.", Tuple((bound, key)))
@@ -1778,9 +1805,8 @@ class Interpreter:
         return CONSTANT
 
     def keyed(self, base: Array, key: Value) -> Value:
-        self.trace.append(("index", self.here()))
         self.operations.add("index")
-        return index(self, base, key)
+        return self.with_term("index", index(self, base, key), (base, key), {})
 
     def item(self, base: Tuple | Items, key: Value) -> Value:
         known = self.known_items(base)
@@ -2073,8 +2099,9 @@ class Interpreter:
         name = target.data if target.op == "name" else None
         if self.forward and not base.live and (name is None or name in self.frame.scope.aliases):
             raise Refused("state-on-self", "a weight is written to by the forward pass")
-        self.trace.append(("store", self.here()))
-        made = self.apply(Rule("store", lambda c, v: store(c, base, key, v), ""), (value,), {})
+        rule = Rule("store", lambda c, b, v: store(c, array(b), key, v), "")
+        made = self.apply(rule, (base, value), {})
+        made = self.with_term("store", made, (base, key, value), {})
         if name is not None:
             self.frame.scope.names[name] = made
         elif self.forward and is_live(base):
@@ -2146,13 +2173,18 @@ class Interpreter:
         before = scope.names
         if known is not None:
             scope.names = self.narrowed(statement.test, known, before)
-            return self.block(statement.body if known else statement.orelse)
+            self.tests.append(statement.test)
+            ended = self.block(statement.body if known else statement.orelse)
+            self.tests.pop()
+            return ended
         ends: list[dict[str, Value]] = []
         self.depth += 1
+        self.tests.append(statement.test)
         for held, body in ((True, statement.body), (False, statement.orelse)):
             scope.names = self.narrowed(statement.test, held, before)
             if not self.block(body):
                 ends.append(scope.names)
+        self.tests.pop()
         self.depth -= 1
         if not ends:
             scope.names = before
@@ -2351,6 +2383,56 @@ def _settled(new: Value, old: Value) -> bool:
     return isinstance(new, (Routine, Partial, ClassValue)) and type(new) is type(old)
 
 
+def _termed(value: Value, term: Hashable) -> Value:
+    match value:
+        case Array():
+            return Array(value.axes, value.open, value.tag, term)
+        case Tuple(items=items):
+            return Tuple(
+                tuple(_termed(v, (term, i) if term else None) for i, v in enumerate(items))
+            )
+    return value
+
+
+def _named(value: Value, name: Hashable) -> Value:
+    """An argument as the beginning of terms."""
+    if isinstance(value, Array) and value.term is not None:
+        return value
+    return _termed(value, ("given", name))
+
+
+def _term(value: Value) -> Hashable:
+    """How a value was computed, or which constant it is; None if that is not known."""
+    match value:
+        case Array():
+            return value.term
+        case Known():
+            return ("known", type(value.value).__name__, repr(value.value))
+        case Constant(key=key):
+            return ("constant", key) if key is not None else None
+        case CountTest():
+            return ("test",)  # a hint such as `sorted_indices`: it changes no value
+        case Instance() | ClassValue() | Library() | Routine():
+            return ("object", id(value))
+        case Count():
+            return ("count", value)
+        case Slice(lower=lower, upper=upper, step=step):
+            words = tuple(map(_term, (lower, upper, step)))
+            return None if None in words else ("slice", words)
+        case Tuple(items=items) | Items(items=list() as items):
+            words = tuple(map(_term, items))
+            return None if None in words else ("items", words)
+    return None
+
+
+def _same_terms(one: Value, two: Value) -> bool:
+    if isinstance(one, Array) and isinstance(two, Array):
+        return one.term is not None and one.term == two.term
+    if isinstance(one, Tuple) and isinstance(two, Tuple):
+        return all(_same_terms(a, b) for a, b in zip(one.items, two.items, strict=True))
+    return isinstance(one, (Known, Opaque)) and one == two
+
+
 def _row(values: Sequence[Value]) -> Any:
     """The axis of a loop over tokens that one of the values is a part of."""
     for value in values:
@@ -2392,10 +2474,10 @@ def _marked(value: Value, row: Any) -> Value:
     return value
 
 
-def _unturned(value: Value) -> bool:
+def _unturned(value: Value) -> Array | None:
     if isinstance(value, Array):
-        return value.tag == ("unturned",)
-    return any(map(_unturned, parts(value)))
+        return value if value.tag[:1] == ("unturned",) else None
+    return next((found for part in parts(value) if (found := _unturned(part))), None)
 
 
 def _mutable(value: Value) -> bool:
@@ -2441,7 +2523,7 @@ def _width(expr: Expr | None) -> int:
 
 
 def _mentions(expr: Expr, name: str) -> bool:
-    if expr.op == "attr" and expr.data == name:
+    if expr.op in ("attr", "const") and expr.data == name:
         return True
     return any(_mentions(part, name) for part in expr.args)
 
@@ -2466,7 +2548,8 @@ _CONFIGS = ("mlx_lm.models.base.BaseModelArgs", "mlx_vlm.models.base.BaseModelCo
 _CACHED = ("functools.lru_cache", "functools.cache", "functools.cached_property")
 _PASSED = ("functools.wraps", "copy.copy", "copy.deepcopy", "functools.lru_cache")
 _NO_ARRAYS = ("finfo", "iinfo", "distributed", "metal", "default_device", "fast", "issubdtype")
-_PERMUTING = ("flatten", "argsort", "index", "unflatten", "//", "reshape", "permutation")
+# What a permutation of rows that is undone is made of: none of it changes an entry.
+_PERMUTING = ("flatten", "unflatten", "index", "expand_dims", "squeeze", "stop_gradient")
 _BUILTINS = frozenset(
     "len range zip enumerate list tuple reversed iter next isinstance hasattr getattr setattr dict "
     "super sum callable print type map".split()

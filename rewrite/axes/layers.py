@@ -63,7 +63,7 @@ def _linear(c: Context, layer: Instance, x: Value) -> Value:
     if value.axes is None:
         return PARAMETER
     within(value, Known(-1), "a linear layer")
-    return resized(c, value, Known(-1), Constant(("out", id(layer))))
+    return resized(c, value, Known(-1), Constant(layer.width or ("out", id(layer))))
 
 
 def _embedding(c: Context, layer: Instance, x: Value) -> Value:
@@ -72,7 +72,7 @@ def _embedding(c: Context, layer: Instance, x: Value) -> Value:
         return PARAMETER
     if value.tag:
         raise Refused("position-special", "an embedding of the position of a chunk's first token")
-    return Array((*value.axes, feature(("out", id(layer)))))
+    return Array((*value.axes, feature(layer.width or ("out", id(layer)))))
 
 
 def _over_last(c: Context, layer: Instance, x: Value) -> Value:
@@ -89,7 +89,7 @@ def _pointwise(c: Context, layer: Instance, *values: Value) -> Value:
 def _rope(c: Context, layer: Instance, x: Value, offset: Value = ZERO, **rest: Value) -> Value:
     if any(is_live(v) for v in rest.values()):
         raise Refused("token-count", "a rotary embedding with a number of tokens")
-    return turned(array(x), offset)
+    return turned(array(x), offset, c.here())
 
 
 def _convolution(c: Context, layer: Instance, x: Value) -> Value:
@@ -131,7 +131,9 @@ LAYERS: dict[str, tuple[Layer, str]] = {
 
 def as_linear(c: Context, layer: Instance, x: Value) -> Value:
     """`Embedding.as_linear`."""
-    return _linear(c, layer, x)
+    value = array(x)
+    within(value, LAST, "a linear layer")
+    return resized(c, value, LAST, Constant(("table", id(layer))))
 
 
 # --------------------------------------------------------------------------- sites
@@ -270,7 +272,7 @@ def check_rows(name: str, args: tuple[Value, ...]) -> None:
             check_rows(name, value.items)
         if isinstance(value, Array) and value.live:
             axes = value.axes or ()
-            if value.tag not in ((), ("start",)):
+            if value.tag[:1] not in ((), ("start",)):
                 raise Refused("position-special", f"{name} of something made for other uses")
             head = axes[:1] == ((ROWS,),)
             second = len(axes) < 2 or axes[1] in ((LENGTH,), ()) or axes[2:3] == ((LENGTH,),)

@@ -159,7 +159,7 @@ def elementwise(c: Context, *values: Value, **rest: Value) -> Value:
 
 def _tagged(one: Array) -> None:
     if one.tag[0] == "unturned":
-        raise Refused(*_UNTURNED)
+        raise Refused(*_UNTURNED, at=one.tag[1])
     if one.tag[0] in ("row", "each"):
         raise Refused("row-mixing", "one token's part meets the parts of others")
     if one.tag[0] in ("start", "end", "steps"):
@@ -487,9 +487,7 @@ def like(c: Context, a: Value, *rest: Value, **more: Value) -> Value:
     return Array(x.axes, x.open)
 
 
-@rule(
-    "counts up: along tokens, that is a position in the chunk", "arange", "linspace", "eye", "tri"
-)
+@rule("counts up: along tokens, that is a position in the chunk", "arange", "linspace")
 def counting(c: Context, *values: Value, **rest: Value) -> Value:
     if values == (Count((LENGTH,)),) or values == (Known(0), Count((LENGTH,))):
         return Array(((LENGTH,),), tag=("steps",))
@@ -499,7 +497,14 @@ def counting(c: Context, *values: Value, **rest: Value) -> Value:
             "positions are counted from the start of a chunk",
             "mx.arange(offset, offset + L) with the cache's offset",
         )
-    return Array((feature(),)) if "dtype" in rest or len(values) < 4 else PARAMETER
+    return Array((feature(),))
+
+
+@rule("a matrix of numbers", "eye", "tri", "identity")
+def matrix(c: Context, *values: Value, **rest: Value) -> Value:
+    if any(is_live(v) for v in (*values, *rest.values())):
+        raise Refused("length-dependent", "a matrix as large as a chunk is long")
+    return Array((feature(), feature()))
 
 
 @rule("random numbers are no function of tokens; only parameters start so",
@@ -940,7 +945,7 @@ def fast_norm(c: Context, a: Value, weight: Value = NONE, *rest: Value, **more: 
 @rule("a row is turned by its own position: offset plus its place on the last axis but one",
       "fast.rope")  # fmt: skip
 def rope(c: Context, a: Value, *rest: Value, offset: Value = ZERO, **more: Value) -> Value:
-    return turned(array(a), offset)
+    return turned(array(a), offset, c.here())
 
 
 _UNTURNED = (
@@ -950,14 +955,14 @@ _UNTURNED = (
 )
 
 
-def turned(x: Array, offset: Value) -> Array:
+def turned(x: Array, offset: Value, at: Any = None) -> Array:
     """A rotary embedding: the offset must be each row's own position."""
     if not x.live:
         return x
     if offset == NONE:
         raise Dead
     if not is_live(offset):
-        return Array(x.axes, x.open, ("unturned",))  # for calls without a cache
+        return Array(x.axes, x.open, ("unturned", at))  # for calls without a cache
     if not isinstance(offset, Array) or offset.tag[:1] != ("start",):
         raise Refused(*_UNTURNED)
     head, last = (x.axes or ())[:1], (x.axes or ())[-2:-1]

@@ -192,6 +192,10 @@ def reshape(x: Array, shape: Sequence[Value]) -> Array:
         filled: list[Axis] = [slot if slot is not None else feature() for slot in slots]
         return distinct(Array(tuple(filled)))
     if wild is None:
+        if any(f.kind == "order" for f in have):
+            raise Refused(
+                "row-mixing", f"a permutation of rows is not undone before {x} is reshaped"
+            )
         raise Refused(
             "length-dependent" if LENGTH in have and LENGTH not in given else "token-count",
             f"{describe(x)} are reshaped without their token axes",
@@ -218,12 +222,46 @@ def reshape(x: Array, shape: Sequence[Value]) -> Array:
         extra = list(tail)
     elif sizes == wanted and None not in sizes:
         extra = []
-    else:
+    elif _divides(wanted, sizes):
         extra = [Factor("feature")]
+    else:
+        raise Refused(
+            "row-mixing",
+            f"a reshape of {x} whose sizes may not divide the features of one token",
+            "reshape(-1, D) with D from the array's own shape",
+        )
     if trail and (extra or ahead != tail):
         raise Refused("row-mixing", f"a reshape may move features across the tokens of {x}")
     axes = [slot if slot is not None else (*inner, *extra) for slot in slots]
     return distinct(Array(tuple(axes)))
+
+
+def _divides(wanted: list[Hashable], sizes: list[Hashable]) -> bool:
+    """Whether a product of sizes divides another, as far as their keys tell."""
+    whole = [part for size in sizes for part in _product(size)]
+    for part in (p for size in wanted for p in _product(size)):
+        if part in whole:
+            whole.remove(part)
+            continue
+        even = next(
+            (
+                w
+                for w in whole
+                if isinstance(w, int) and isinstance(part, int) and part > 0 and w % part == 0
+            ),
+            None,
+        )
+        if part is None or even is None:
+            return False
+        whole.remove(even)
+        whole.append(even // int(str(part)))
+    return True
+
+
+def _product(size: Hashable) -> list[Hashable]:
+    if isinstance(size, tuple) and size[:1] == ("*",):
+        return [part for factor in size[1:] for part in _product(factor)]
+    return [] if size == 1 else [size]
 
 
 def _leading(flat: list[Factor]) -> list[Factor]:
