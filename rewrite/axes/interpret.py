@@ -299,19 +299,23 @@ class Interpreter:
         return function(args, more)
 
     def join_calls(self, function: Callable[[Value], Value], several: Sequence[Value]) -> Value:
-        result: Value = UNDEFINED
-        dead = True
+        """What a function gives for any of several values; those that raise give nothing."""
         frames, depth, forward = len(self.frames), self.depth, self.forward
+        found: list[Value] = []
+        taken: list[Value] = []
         for option in several:
             try:
-                result = join(result, function(option))
-                dead = False
+                found.append(function(option))
+                taken.append(option)
             except Dead:
                 del self.frames[frames:]
                 self.depth, self.forward = depth, forward
-                continue
-        if dead:
+        if not found:
             raise Dead
+        result = choice(found) if len(found) > 2 else join(found[0], found[-1])
+        if self.unmemoised and isinstance(result, Array) and result.term is None:
+            words = tuple(map(_term, (*taken, *found)))
+            return _termed(result, None if None in words else ("either", words))
         return result
 
     # ----------------------------------------------------------------- names
@@ -1227,7 +1231,7 @@ class Interpreter:
         if name == "ndim":
             return Known(len(base.axes)) if base.axes is not None and not base.open else CONSTANT
         if name in ("dtype", "itemsize", "nbytes"):
-            return CONSTANT
+            return Constant((name, base.term)) if base.term is not None else CONSTANT
         if name == "T":
             return self.apply(RULES["transpose"], (base,), {})
         if name == "at":
@@ -1269,6 +1273,8 @@ class Interpreter:
         """A value of an object, known by whose it is while both ways of a branch are compared."""
         if self.unmemoised and isinstance(value, Array) and value.term is None:
             return _termed(value, ("held", id(base), name))
+        if isinstance(value, Constant) and value.key is None:
+            return Constant(("held", id(base), name))
         return value
 
     def bound_member(self, base: Value, owner: ClassValue, syntax: Function | Expr) -> Value:
@@ -1503,6 +1509,8 @@ class Interpreter:
                 return self.apply(RULES["negative"], (value,), {}) if is_live(value) else CONSTANT
         if is_live(value):
             raise Refused("cache-use", "a cache or a mask is computed with")
+        if isinstance(value, Constant) and value.key is not None and _depth((value.key,)) < 6:
+            return Constant((expr.data, value.key))
         return CONSTANT
 
     def e_binary(self, expr: Expr) -> Value:
@@ -1951,7 +1959,12 @@ class Interpreter:
                 self.value(expr)
             case Return(value=expr):
                 value = self.value(expr) if expr is not None else NONE
-                self.frame.returns = join(self.frame.returns, value)
+                frame = self.frame
+                if isinstance(frame.returns, Undefined):
+                    frame.returns = value
+                else:
+                    ends = [{"": frame.returns}, {"": value}]
+                    frame.returns = self.met(ends, statement.span)[""]
                 return True
             case If():
                 return self.branch(statement)
@@ -2189,8 +2202,21 @@ class Interpreter:
         if not ends:
             scope.names = before
             return True
-        scope.names = _merged(ends)
+        scope.names = self.met(ends, statement.test.span)
         return False
+
+    def met(self, ends: Sequence[dict[str, Value]], where: Span) -> dict[str, Value]:
+        """The names after a branch on the config."""
+        merged = _merged(ends)
+        if not self.unmemoised or len(ends) < 2:
+            return merged
+        for name, value in merged.items():
+            words = [end.get(name, UNDEFINED) for end in ends]
+            if isinstance(value, Array) and value.term is None:
+                terms = tuple(map(_term, words))
+                if None not in terms:
+                    merged[name] = _termed(value, ("either", self.frame.scope.module, where, terms))
+        return merged
 
     def for_loop(self, statement: For) -> bool:
         iterable = self.value(statement.iterable)
@@ -2412,7 +2438,9 @@ def _term(value: Value) -> Hashable:
             return ("constant", key) if key is not None else None
         case CountTest():
             return ("test",)  # a hint such as `sorted_indices`: it changes no value
-        case Instance() | ClassValue() | Library() | Routine():
+        case Library(name=name, bound=None):
+            return ("library", name)
+        case Instance():
             return ("object", id(value))
         case Count():
             return ("count", value)
