@@ -91,7 +91,7 @@ class Mixer:
         self.program = program
         self.cls = cls
         self.source: Source = program.modules[cls.module].source
-        self.methods = [m for name, m in cls.methods.items() if name not in _NOT_FORWARD]
+        self.methods = [m for name, m in cls.methods.items() if name not in NOT_FORWARD]
         self.caches = {id(value): value for value in self._cache_values()}
         self.fetches = [f for m in self.methods for f in self._fetches(m)]
         self.attends = [a for m in self.methods for a in attends(program, m)]
@@ -232,7 +232,7 @@ class Mixer:
         return Evidence(role, self.place(where))
 
 
-_NOT_FORWARD = frozenset(
+NOT_FORWARD = frozenset(
     {"__init__", "sanitize", "shard", "make_cache", "pipeline", "from_dict", "__post_init__"}
 )
 

@@ -13,6 +13,7 @@ from .passes.axes import Proofs
 from .passes.classify import classify
 from .passes.emit import emit
 from .passes.facts import absolute_module, facts
+from .passes.kept import kept_state
 from .passes.parse import ParseError, parse
 from .passes.plan import Judgements, plan, verdict
 from .passes.verify import verify
@@ -198,12 +199,17 @@ class Compiler:
             program, judgements = self.judged(module)
             found = verdict(program, module, judgements, self.package.entry)
             self.settled[name] = found  # for a circle of imports
+            reasons, assumptions = found.reasons, found.assumptions
             if found.mode == "sites":
                 planned = self._plan(module, program, judgements)
                 proof = self.proofs.prove(module, planned, judgements)
                 reasons = (proof.failure,) if proof.failure is not None else ()
-                mode = "model" if reasons else "sites"
-                self.settled[name] = Verdict(mode, found.entry, reasons, proof.assumptions)
+                assumptions = proof.assumptions
+            if found.entry is not None and reasons:
+                reasons = (*reasons, *kept_state(program, found.entry))
+                self.settled[name] = Verdict("model", found.entry, reasons)
+            else:
+                self.settled[name] = Verdict(found.mode, found.entry, reasons, assumptions)
         return self.settled[name]
 
     @cached_property

@@ -59,7 +59,7 @@ ATTACKS = [
     Attack("rows in a branch", "if x.shape[0] > 3:  # HERE\n    x = 2 * x", "token-count"),
     Attack("size in a branch", "if x.size >= 4096:  # HERE\n    x = 2 * x", "token-count"),
     Attack("rows in a loop", "for _ in range(x.shape[0]):  # HERE\n    x = 0.9 * x", "token-count"),
-    Attack("compiled helper", "x = stir(x)  # HERE", helpers="@mx.compile\ndef stir(t):\n    return t + mx.cumsum(t, axis=1)\n"),
+    Attack("compiled helper", "x = stir(x)", helpers="@mx.compile\ndef stir(t):\n    return t + mx.cumsum(t, axis=1)  # HERE\n"),
     Attack("nested function", "def stir(t):\n    return t + t.max(axis=1, keepdims=True)  # HERE\n\nx = stir(x)"),
     Attack("lambda", "x = (lambda t: t - mx.min(t, axis=1, keepdims=True))(x)  # HERE"),
     Attack("partial", "from functools import partial\nx = x + partial(mx.cumsum, axis=1)(x)  # HERE"),
@@ -98,6 +98,9 @@ ATTACKS = [
     Attack("attention without a cache", "q = x[:, None]\nx = x + mx.fast.scaled_dot_product_attention(q, q, q, scale=1.0)[:, 0]  # HERE", "row-mixing uncached-attention"),
     Attack("last token of the model", "h = h[:, -1:] + h  # HERE", "position-special", where="model"),
     Attack("count of unique tokens", "h = h * (inputs == inputs[0, 0]).sum()  # HERE", "position-special row-mixing", where="model"),
+    Attack("first token through at", "x = x.at[:, 0].add(1)  # HERE", "position-special"),
+    Attack("first token written", "x[:, 0] = 0  # HERE", "position-special"),
+    Attack("experts by count", "big = x.size > 4096\nw = self.mlp.up_proj if big else self.mlp.gate_proj  # HERE\nx = x + self.mlp.down_proj(w(x))", "token-count"),
     Attack("rope without offset", "q = self.rope(q)  # HERE", "position-special", where="rope"),
 ]  # fmt: skip
 

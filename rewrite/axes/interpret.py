@@ -261,9 +261,9 @@ class Interpreter:
             restored = all(v.tag[:1] in (("order",), ("owner",), ("inverse",)) for v in order)
             if restored and (order or name != "index"):
                 return _termed(result, first.term)
-        words = [_term(v) for v in args] + [(k, _term(v)) for k, v in sorted(more.items())]
-        unknown = any(word is None or word[1:] == (None,) for word in words)
-        return _termed(result, None if unknown else (name, *words))
+        names = sorted(more)
+        words = (*map(_term, args), *(_term(more[key]) for key in names))
+        return _termed(result, None if None in words else (name, *names, *words))
 
     def on_row(self, rule: Rule, row: Any, args: Sequence[Value], more: dict[str, Value]) -> Value:
         """A rule for one token's parts: whatever it computes, it computes for each token alone."""

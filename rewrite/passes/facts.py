@@ -73,25 +73,25 @@ def _definitions(body: Iterable[Stmt]) -> Iterable[Class | Function]:
                 yield from _definitions(part)
 
 
-def _statements(body: Iterable[Stmt]) -> Iterable[Stmt]:
+def all_statements(body: Iterable[Stmt]) -> Iterable[Stmt]:
     """All statements at any depth, functions and classes included."""
     for statement in body:
         yield statement
         match statement:
             case If(body=inner, orelse=other) | For(body=inner, orelse=other):
-                yield from _statements(inner)
-                yield from _statements(other)
+                yield from all_statements(inner)
+                yield from all_statements(other)
             case While(body=inner) | Function(body=inner) | Class(body=inner):
-                yield from _statements(inner)
+                yield from all_statements(inner)
             case Block(bodies=parts):
                 for part in parts:
-                    yield from _statements(part)
+                    yield from all_statements(part)
 
 
 def _top_level_names(module: Module, imports: list[Import]) -> dict[str, Value]:
     names: dict[str, Value] = {}
     name = module.source.module
-    for statement in _statements(module.body):
+    for statement in all_statements(module.body):
         match statement:
             case Import():
                 imports.append(statement)
@@ -480,7 +480,7 @@ def _assigned(body: Sequence[Stmt]) -> list[str]:
         elif expr.op == "subscript" and expr.args[0].op == "name":
             names[expr.args[0].data] = None
 
-    for statement in _statements(body):
+    for statement in all_statements(body):
         match statement:
             case Assign(targets=targets):
                 for one in targets:

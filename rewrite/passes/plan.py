@@ -152,6 +152,9 @@ def _whole_model_plan(
     notes = tuple(own.reasons)
     entry = own.entry
     assert entry is not None
+    kept = tuple(reason for reason in own.reasons if reason.slug == "state-on-self")
+    if kept:
+        return Plan(name, "refused", (), (*refusals, Refusal(entry.qualified, kept)), notes, ())
     edits = _import_edits(program, module, targets, verdicts, paged=False)
     forward = entry.methods.get("__call__") if entry.module == name else None
     if forward is not None:
