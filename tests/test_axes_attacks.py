@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - one attack a line
 """Hostile edits of a plain decoder: each is named where it stands, or harmless by the numbers.
 
 `HERE` marks the line a refusal must point to. The edits go into a block, between attention and the
@@ -100,7 +101,7 @@ ATTACKS = [
     Attack("count of unique tokens", "h = h * (inputs == inputs[0, 0]).sum()  # HERE", "position-special row-mixing", where="model"),
     Attack("first token through at", "x = x.at[:, 0].add(1)  # HERE", "position-special"),
     Attack("first token written", "x[:, 0] = 0  # HERE", "position-special"),
-    Attack("experts by count", "big = x.size > 4096\nw = self.mlp.up_proj if big else self.mlp.gate_proj  # HERE\nx = x + self.mlp.down_proj(w(x))", "token-count"),
+    Attack("experts by count", "big = x.size > 4096  # HERE\nw = self.mlp.up_proj if big else self.mlp.gate_proj\nx = x + self.mlp.down_proj(w(x))", "token-count"),
     Attack("rope without offset", "q = self.rope(q)  # HERE", "position-special", where="rope"),
 ]  # fmt: skip
 
@@ -140,7 +141,9 @@ def test_an_attack_is_named_where_it_stands(tmp_path, attack):
     line = next(n for n, part in enumerate(text.splitlines(), 1) if "# HERE" in part)
     named = [d for d in told if d.slug in attack.slugs.split() or d.slug == "token-branch"]
     assert named, [(d.slug, d.message, str(d.place)) for d in told]
-    assert line in [d.place.line for d in named if d.place is not None], [str(d.place) for d in told]
+    assert line in [d.place.line for d in named if d.place is not None], [
+        str(d.place) for d in told
+    ]
 
 
 HARMLESS = [
