@@ -241,6 +241,32 @@ def test_inputs_written_in_place(check: bool) -> None:
     assert same.tolist() == list(range(32))
 
 
+@pytest.mark.parametrize(
+    "dtype", [mx.float32, mx.bfloat16, mx.float16, mx.int8, mx.uint64, mx.bool_], ids=str
+)
+def test_inputs_of_every_layout(dtype: mx.Dtype) -> None:
+    """A transposed one and a slice arrive contiguous in rows, as MLX passes them."""
+    whole = mx.arange(64).reshape(8, 8).astype(dtype)
+    for array in (whole.T, whole[1:, ::2]):
+        got = run(
+            "uint i = thread_position_in_grid.x; o[i] = i < 28 ? float(a[i]) : 0.0f;", a=array
+        )
+        assert got.tolist()[:28] == array.astype(mx.float32).reshape(-1).tolist()[:28]
+
+
+def test_scalars_empty_inputs_and_unwritten_outputs() -> None:
+    made = metal_kernel("probe", ["a", "b", "c"], ["o", "p", "q"], "o[0] = a + b;")
+    o, p, q = made(
+        inputs=[2, 1.5, mx.zeros((0, 4))],
+        grid=(1, 1, 1),
+        threadgroup=(32, 1, 1),
+        output_shapes=[(2,), (1,), (1,)],
+        output_dtypes=[mx.float32, mx.int32, mx.bool_],
+    )
+    assert o[0].item() == 3.5
+    assert mx.isnan(o[1]).item() and p.item() == -1 and q.item() is True
+
+
 def test_write_to_other_inputs_is_an_error() -> None:
     with pytest.raises(KernelError, match=r"write to buffer 'a', an input, at byte 0 .*probe"):
         run("const_cast<device float*>(a)[thread_position_in_grid.x] = 0.0f; o[0] = 0.0f;")
