@@ -16,6 +16,7 @@ requests to the first token of each. Peak memory is MLX's, weights included.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import random
 import statistics
@@ -76,6 +77,7 @@ def random_qwen3() -> tuple[Any, Any]:
 
 
 def drain(generator: Any, prompts: list[list[int]], new: int) -> Result:
+    gc.collect()  # pools of the run before, which hold each other
     mx.clear_cache()
     mx.reset_peak_memory()
     outputs: dict[int, list[int]] = {}
@@ -109,6 +111,7 @@ def theirs(model: Any, prompts: list[list[int]], new: int) -> Result:
 
 
 def one_by_one(model: Any, prompts: list[list[int]], new: int) -> Result:
+    gc.collect()  # pools of the run before, which hold each other
     mx.clear_cache()
     mx.reset_peak_memory()
     outputs: dict[int, list[int]] = {}

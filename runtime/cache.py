@@ -100,6 +100,7 @@ class PagedCache:
         self._sequences: dict[int, _Sequence] = {}
         self._next_id = 0
         self._serial = 0
+        self._stepped = False
         self._store = _Originals(self)
 
     @property
@@ -214,7 +215,7 @@ class PagedCache:
         own = any(leaf.per_sequence for leaf in self._leaves.values())
         own = own or any(leaf.per_sequence for leaf in self._states.values())
         unknown = any(spec is None for spec in self.specs)
-        return not own and not unknown and self._serial > 0
+        return not own and not unknown and self._stepped
 
     @property
     def states(self) -> Mapping[tuple[int, ...], StateLeaf]:
@@ -345,6 +346,7 @@ class PagedCache:
             raise
         logits = _selected(logits, batch)
         self._commit(rows)
+        self._stepped = True
         return logits[: len(wanted)] if len(wanted) < logits.shape[0] else logits
 
     def arrays(self, states: bool = True) -> list[mx.array]:

@@ -14,6 +14,7 @@ vain is thrown away with its sequence.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -691,14 +692,11 @@ class Engine:
             probe = cache.add_sequence()
             mx.eval(cache.step({probe: [0]}), cache.arrays())
             cache.free(probe)
-        jobs = [*self._early] if self._scheduler is None else list(self._scheduler.waiting)
-        if self._scheduler is not None:
-            self._preemptions += self._scheduler.preemptions
+        jobs, self._early = self._early, []
         self._store = PagedStore(cache, reuse=self._reuse, known=known, disk=self._disk)
         self._scheduler = Scheduler(self._store, self.max_rows, self._max_running)
         for job in jobs:
             self._scheduler.add(job)
-        self._early = []
 
     def _must_grow(self) -> bool:
         """Whether nothing runs and the pool is too small for what comes next."""
@@ -717,8 +715,12 @@ class Engine:
         least = max(-(-job.limit // size) * size for job in jobs)
         # Long answers are rare: what a request may have at most is not put aside for all of them.
         wanted = sum(min(job.limit, len(job.tokens) + USUAL_TOKENS) + size for job in jobs)
+        if self._scheduler is not None:
+            self._preemptions += self._scheduler.preemptions
+            self._early, self._scheduler, self._store = jobs, None, None  # type: ignore[assignment]
+            gc.collect()  # its parts hold each other
+            mx.clear_cache()
         budget = memory.device_memory()
-        self._store = None  # its memory is free from here on
         wanted = max(least, min(wanted, ELASTIC_POSITIONS * 16), ELASTIC_POSITIONS)
         sizes = memory.plan(self._known(), budget, self._load, wanted, least)
         self._make_store(sizes)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import logging
 import sys
 from collections.abc import Sequence
@@ -160,7 +161,9 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
 
     def _make_batch_generator(self, model: Any, **options: Any) -> PagedBatchGenerator:
         given = self.cli_args
-        self._batch = None  # the memory of the one before is free from here on
+        self._batch = None
+        gc.collect()  # the caches of the one before: their parts hold each other
+        mx.clear_cache()
         drafter: Drafter | None = None
         if self.model_provider.draft_model is not None:
             drafter = ModelDrafter(self.model_provider.draft_model, given.num_draft_tokens)
