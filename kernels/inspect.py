@@ -7,10 +7,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import mlx.core as mx
+
 from . import policy
+from .dialects.cpu.source import Input, signature
 from .render import render
 from .specs import DTYPES, SHORT, AttentionSpec, KernelSpec, initials
 
+TYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 # One of each structure that occurs among the models that mlx_lm has.
 USUAL = (
     AttentionSpec(128, 128, 32, 8, 16, "bfloat16", "bfloat16"),
@@ -76,10 +80,40 @@ def parse(name: str) -> KernelSpec:
 
 
 def show(name: str) -> str:
-    """The text of a kernel, helpers first. MLX writes the signature around the body."""
-    kernel = render(parse(name))
-    names = ", ".join(kernel.input_names), ", ".join(kernel.output_names)
-    return (
-        f"{kernel.header}\n// {kernel.name}\n// inputs: {names[0]}\n// outputs: {names[1]}\n"
-        f"{kernel.source}"
+    """The text of a kernel as Metal's compiler gets it after MLX's own headers."""
+    spec = parse(name)
+    kernel = render(spec)
+    if type(spec).__module__ != KernelSpec.__module__:  # types of inputs are known to its op only
+        names = ", ".join(kernel.input_names), ", ".join(kernel.output_names)
+        heads = f"// {kernel.name}\n// inputs: {names[0]}\n// outputs: {names[1]}\n"
+        return f"{kernel.header}\n{heads}{kernel.source}"
+    made = signature(
+        name=kernel.name,
+        inputs=[
+            Input(array, _dtype(spec, array), _size(spec, array), 1) for array in kernel.input_names
+        ],
+        output_names=kernel.output_names,
+        output_dtypes=[_dtype(spec, array) for array in kernel.output_names],
+        source=kernel.source,
+        header=kernel.header,
     )
+    return made.text
+
+
+def _dtype(spec: KernelSpec, array: str) -> mx.Dtype:
+    """The type of an input or output of the kernels in `specs`."""
+    if array in ("queries", "keys", "values", "sinks", "output"):
+        return TYPES[str(getattr(spec, "query_dtype", getattr(spec, "rows_dtype", "")))]
+    if array in ("key_pool", "value_pool", "gathered_keys", "gathered_values"):
+        return TYPES[getattr(spec, "pool_dtype", "")]
+    if array in ("settings", "partial_values", "partial_stats"):
+        return mx.float32
+    return mx.int32
+
+
+def _size(spec: KernelSpec, array: str) -> int:
+    """How many elements, as far as it matters: fewer than 8 are `constant`."""
+    if array == "sinks":
+        heads = getattr(spec, "query_heads", 0)
+        return int(heads or getattr(spec, "kv_heads", 1) * getattr(spec, "group", 1))
+    return {"token_in": 1, "settings": 2}.get(array, 4096)

@@ -65,8 +65,15 @@ def test_names_spell_their_specs():
     assert len(names) == len(set(names))
     for name in names:
         assert inspect.parse(name).name == name
-    shown = inspect.show(names[0])
-    assert render(inspect.parse(names[0])).source in shown
+    for name in names:
+        shown, kernel = inspect.show(name), render(inspect.parse(name))
+        assert kernel.source in shown and kernel.header in shown
+        assert f"[[kernel]] void custom_kernel_{name}_" in shown
+        token = "const constant int32_t* token_in [[buffer(" in shown
+        assert token == ("token_in" in kernel.input_names)
+    sinks = "decode_f32_f32_kd64_vd64_kh{}_g2_bs16_h2_kg4_t8_v4_sinks"
+    assert "const constant float* sinks" in inspect.show(sinks.format(2))
+    assert "const device float* sinks" in inspect.show(sinks.format(4))
     for wrong in ("nothing", "reduce", "reduce_bf16", names[0] + "_more"):
         with pytest.raises((KeyError, ValueError)):
             inspect.parse(wrong)
