@@ -12,7 +12,7 @@ from mlx import nn
 from mlxrewrite.kernels import delta, linear, scan
 from mlxrewrite.kernels.depthwise import MOST_TAPS, depthwise
 
-__all__ = ["convolve", "delta_rule", "diagonal_scan", "state_space_dual"]
+__all__ = ["convolve", "delta_rule", "diagonal_scan", "lightning_scan", "state_space_dual"]
 
 
 def convolve(x: mx.array, module: Any) -> mx.array:
@@ -80,26 +80,55 @@ def state_space_dual(
                                    time_step_limit)  # fmt: skip
 
 
-def diagonal_scan(x: str, a: str, h: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+_Function = Callable[..., Any]
+
+
+def diagonal_scan(x: str, a: str, h: str) -> Callable[[_Function], _Function]:
     """In place of a function that computes h <- a h + x token by token.
 
     The arguments are the function's names of x and a [N, L, D] and of the state [N, D] before the
     first token, None for zeros. It returns all h, and the last one.
     """
+    return _replaced(lambda given: scan.diagonal(given[x], given[a], given[h]))
 
-    def replaced(function: Callable[..., Any]) -> Callable[..., Any]:
+
+def lightning_scan(
+    q: str, k: str, v: str, g: str, scale: str, h: str
+) -> Callable[[_Function], _Function]:
+    """In place of a function that computes h <- h e^g + k^T v, y = scale q h token by token.
+
+    The arguments are the function's names of q, k [N, H, L, K], v [N, H, L, V], g [H], the scale
+    and the state [N, H, K, V] before the first token, None for zeros. It returns y [N, H, L, V] in
+    the type of q, and the last state in float32.
+    """
+
+    def run(given: dict[str, Any]) -> tuple[mx.array, mx.array]:
+        queries, keys, values = (given[name].swapaxes(1, 2) for name in (q, k, v))
+        decay = mx.broadcast_to(given[g].astype(mx.float32), queries.shape[:3])
+        state = given[h]
+        if state is not None:
+            state = state.astype(mx.float32).swapaxes(-1, -2)
+        y, state = linear.linear_rule(queries * given[scale], keys, values, decay, state)
+        return y.swapaxes(1, 2).astype(given[q].dtype), state.swapaxes(-1, -2)
+
+    return _replaced(run)
+
+
+def _replaced(run: Callable[[dict[str, Any]], Any]) -> Callable[[_Function], _Function]:
+    """A decorator: the function's arguments, by its own names, go to `run`."""
+
+    def decorator(function: _Function) -> _Function:
         signature = inspect.signature(function)
 
         @functools.wraps(function)
-        def run(*args: Any, **kwargs: Any) -> tuple[mx.array, mx.array]:
+        def call(*args: Any, **kwargs: Any) -> Any:
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
-            given = bound.arguments
-            return scan.diagonal(given[x], given[a], given[h])
+            return run(bound.arguments)
 
-        return run
+        return call
 
-    return replaced
+    return decorator
 
 
 def _no_padding(mask: mx.array | None) -> None:

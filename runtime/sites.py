@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 
-def paged_attention(  # noqa: PLR0917 - the order is upstream's
+def paged_attention(
     queries: mx.array,
     keys: Handle,
     values: Handle,

@@ -17,7 +17,13 @@ from mlxrewrite.kernels.dialects.cpu import KernelError, static
 from mlxrewrite.kernels.dialects.cpu.source import Input
 from mlxrewrite.kernels.render import render
 from mlxrewrite.kernels.state_specs import DepthwiseSpec, ScanSpec, state_step_spec, supports
-from mlxrewrite.runtime.recurrences import convolve, delta_rule, diagonal_scan, state_space_dual
+from mlxrewrite.runtime.recurrences import (
+    convolve,
+    delta_rule,
+    diagonal_scan,
+    lightning_scan,
+    state_space_dual,
+)
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 TOLERANCE = {"float32": 2e-6, "float16": 1e-3, "bfloat16": 6e-3}
@@ -395,3 +401,21 @@ def _findings(spec, arrays, dtypes):
         source=kernel.source,
         header=kernel.header,
     )
+
+
+@pytest.mark.parametrize("length", [1, 9, 140])
+@pytest.mark.parametrize("begun", [False, True])
+def test_lightning_attention(length, begun):
+    """The state keeps mlx_lm's layout, [K, V], from step to step."""
+    rng = np.random.default_rng(7)
+    q, k = (rng.standard_normal((2, 3, length, 32)) for _ in range(2))
+    v, g = rng.standard_normal((2, 3, length, 16)), -rng.random(3)
+    h = rng.standard_normal((2, 3, 32, 16)) if begun else np.zeros((2, 3, 32, 16))
+    function = lightning_scan("a", "b", "c", "d", "e", "f")(lambda a, b, c, d, e, f=None: None)
+    given = [mx.array(part.astype(np.float32)) for part in (q, k, v, g)]
+    y, last = function(*given, 0.5, *([mx.array(h.astype(np.float32))] if begun else []))
+    outputs = []
+    for t in range(length):
+        h = h * np.exp(g)[:, None, None] + k[:, :, t, :, None] * v[:, :, t, None]
+        outputs.append(0.5 * np.einsum("nhk,nhkv->nhv", q[:, :, t], h))
+    assert error(y, np.stack(outputs, 2)) < 2e-6 and error(last, h) < 2e-6
