@@ -99,7 +99,9 @@ class _Reader:
     method: Method
     fetch: Fetch
     kind: str
-    selections: list[Selected] = field(default_factory=list)
+    selections: list[Selected | None] = field(
+        default_factory=list
+    )  # of all reads of what is fetched
 
     # ------------------------------------------------------------- the three spellings
 
@@ -187,13 +189,9 @@ class _Reader:
                 return self.miss("the projections are one matrix a head, used both ways", up)
         chosen = _choice(absorbed.keys)
         arms = chosen[1] if chosen is not None else (absorbed.keys,)
-        latent = self.unselected(next(arm for arm in arms if self.is_latent(arm)))
-        places = self.selections[0] if self.selections else None
-        for other in self.selections:
-            assert places is not None
-            alike = other.places is places.places and other.side == places.side
-            if not alike or not same(other.test, places.test):
-                return self.miss("latents and rope keys are read at the same places", other.places)
+        latent, places = self.unselected(next(arm for arm in arms if self.is_latent(arm)))
+        if not all(_alike(other, places) for other in self.selections):
+            return self.miss("latents and rope keys are read at the same places", absorbed.keys)
         return LatentAttention(
             self.fetch,
             result,
@@ -223,15 +221,15 @@ class _Reader:
         return self.is_fetched(spread[0] if spread else value, 1)
 
     def is_fetched(self, value: Value, position: int) -> bool:
-        return is_fetched(self.mixer, self.fetch, self.unselected(value), position)
+        whole, selected = self.unselected(value)
+        found = is_fetched(self.mixer, self.fetch, whole, position)
+        if found:
+            self.selections.append(selected)
+        return found
 
-    def unselected(self, value: Value) -> Value:
-        """A fetched array before ranked places of it were read."""
-        peeled = peel(self.mixer.program, value)
-        if peeled is None:
-            return value
-        self.selections.append(peeled[1])
-        return peeled[0]
+    def unselected(self, value: Value) -> tuple[Value, Selected | None]:
+        """A fetched array before ranked places of it were read, and the reading."""
+        return peel(self.mixer.program, value) or (value, None)
 
     def is_up_keys(self, value: Value, up: Value) -> bool:
         """`up(latent, transpose=False)`: the same matrices from the other side."""
@@ -299,8 +297,12 @@ class _Reader:
         mask, scores, _ = chosen
         if tested is not None and (tested is not mask or absent is not scores):
             return self.miss("scores are masked by what is tested, and are nothing else", value)
-        if mask.op == "phi" and self.selections:
-            mask = peel_mask(self.mixer.program, mask, self.selections[0]) or mask
+        selected = self.selections[0]
+        if selected is not None:
+            before = peel_mask(self.mixer.program, mask, selected)
+            if before is None:
+                return self.miss("the mask is cut down to the places that are read", mask)
+            mask = before
         if mask.op != "param":
             return self.miss("the mask is passed on as it was made", mask)
         factor = None
@@ -312,10 +314,17 @@ class _Reader:
         turned = turned_rows(self.mixer.program, keys)
         if turned is None or not self.is_fetched(turned, 1):
             return self.miss("rope queries meet the fetched rope keys", keys)
-        turned = self.unselected(turned)
+        turned, _ = self.unselected(turned)
         if factor is None and rope.op == "binary" and rope.data == "*":
             rope, factor = rope.args
         return Scores(rope, turned, factor, mask)
+
+
+def _alike(one: Selected | None, other: Selected | None) -> bool:
+    """Both read everything, or the same places by the same choice."""
+    if one is None or other is None:
+        return one is other
+    return one.places is other.places and one.side == other.side and same(one.test, other.test)
 
 
 def _choice(value: Value) -> tuple[Value, tuple[Value, Value]] | None:

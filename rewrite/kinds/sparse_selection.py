@@ -221,6 +221,9 @@ ACCEPTS = (
     # Attention that reads other places, or whose places come from no indexer.
     _slow("Mix", _DSA, ("latent, mx.broadcast_to(at,", "latent, mx.broadcast_to(at + 1,")),
     _slow("Mix", _DSA, ("few = few & mask", "few = few | mask")),
+    _slow("Mix", _DSA, ("mask = few", "few = mask")),
+    _slow("Mix", _DSA, ("k_rope = mx.take", "x = mx.take")),
+    _slow("Mix", _DSA, ("latent = mx.take", "x = mx.take")),
     _slow("Mix", _DSA, ("kth=-self.best", "kth=-4")),
     # Neither half goes to pages alone.
     _slow("Ranker", _DSA, ("few = few & mask", "few = few | mask")),
