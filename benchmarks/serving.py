@@ -183,6 +183,7 @@ def main() -> int:
     parser.add_argument("model", nargs="?", type=Path)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--no-single", action="store_true", help="leave out one by one, on the CPU")
     parser.add_argument("--quick", action="store_true", help="a smoke test, not a measurement")
     options = parser.parse_args()
     on_gpu = mx.default_device() != mx.cpu
@@ -208,7 +209,7 @@ def main() -> int:
         "mlxrewrite": lambda: ours(rewritten, prompts, new),
         "mlx_lm BatchGenerator": lambda: theirs(original, prompts, new),
     }
-    if not on_gpu:
+    if not on_gpu and not options.no_single:
         contenders["mlx_lm one by one"] = lambda: one_by_one(original, prompts, new)
     runs: dict[str, list[Result]] = {label: [] for label in contenders}
     for number in range(options.rounds + 1):

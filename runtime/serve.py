@@ -188,6 +188,11 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
         found = super()._tokenize(tokenizer, request, args)
+        model = self.model_provider.model
+        size = getattr(getattr(model, "args", None), "vocab_size", None) or 1 << 31
+        for token in args.logits.logit_bias or ():
+            if not 0 <= token < size:
+                raise ValueError(f"logit_bias: the model has no token {token}")
         prompt, engine = found[0], self._engine()
         if not prompt:
             raise ValueError("an empty prompt: expected at least one token")
@@ -198,6 +203,11 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
     def generate(self, request: Any, generation_args: Any, progress_callback: Any = None) -> Any:
         """Called by a handler's thread: refuse here what would otherwise stop everybody."""
         wanted, given = generation_args.model, self.cli_args
+        if not all(isinstance(word, str) and word for word in generation_args.stop_words):
+            raise ValueError("stop: expected a text or a list of texts, none of them empty")
+        seed = generation_args.seed
+        if seed is not None and not 0 <= seed < 1 << 64:
+            raise ValueError(f"seed: expected a number of 64 bits, got {seed}")
         if wanted.draft not in (None, "default_model"):
             raise ValueError("draft models are not supported by this server")
         if wanted.model != "default_model":
