@@ -97,12 +97,31 @@ def verify(words: Sequence[str]) -> int:
     )
     add("--generated", type=Path, help="folder of the rewritten files (default: the installed one)")
     add("--json", action="store_true", help="print the report as JSON")
+    add(
+        "--taint",
+        action="store_true",
+        help="change single tokens instead, and see that no other row changes",
+    )
     got = parser.parse_args(words)
     from .runtime.errors import RuntimeRefusal
     from .runtime.verify import verify as run
 
+    if got.taint:
+        return _taint(got)
     try:
         report = run(got.model, seed=got.seed, generated=got.generated, reference=got.reference)
+    except RuntimeRefusal as problem:
+        raise UsageError(str(problem)) from problem
+    print(report.to_json() if got.json else report.text())
+    return 0 if report.passed else 1
+
+
+def _taint(got: Any) -> int:
+    from .runtime.errors import RuntimeRefusal
+    from .runtime.taint import taint
+
+    try:
+        report = taint(got.model, seed=got.seed, generated=got.generated)
     except RuntimeRefusal as problem:
         raise UsageError(str(problem)) from problem
     print(report.to_json() if got.json else report.text())

@@ -1,0 +1,163 @@
+"""`verify --taint`: change one token of a ragged batch and see which rows of logits change.
+
+The compiler proves that rows do not mix outside recognised sites; this looks at a running model
+whether they do. Allowed to change are the rows of the same sequence from that position on, and the
+changed row itself must. Everything else must stay as it was, up to what a different order of
+additions does.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .cache import PagedCache
+from .compare import rewritten_logits
+from .schedule import Schedule, Step
+from .verify import TOLERANCE, _models, _read, _retained, _schedule, _vocabulary, _windows
+
+PROBES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """One changed token and the largest change of logits it made.
+
+    `own` is that of its own row, `later` of later rows of its sequence, `earlier` of earlier ones,
+    `others` of rows of other sequences.
+    """
+
+    sequence: int
+    position: int
+    own: float
+    later: float
+    earlier: float
+    others: float
+
+
+@dataclass(frozen=True, slots=True)
+class TaintReport:
+    """The outcome for one model. `allowed` is how much a row may change that must not."""
+
+    model: str
+    rows: int
+    probes: tuple[Probe, ...]
+    allowed: float
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.probes) and all(
+            probe.own > self.allowed
+            and probe.earlier <= self.allowed
+            and probe.others <= self.allowed
+            for probe in self.probes
+        )
+
+    def to_json(self) -> str:
+        return json.dumps({**asdict(self), "passed": self.passed}, indent=1)
+
+    def text(self) -> str:
+        lines = [f"{self.model}: {'rows are independent' if self.passed else 'ROWS MIX'}"]
+        lines.append(f"  rows          {self.rows}, allowed change {self.allowed:.3g}")
+        for p in self.probes:
+            lines.append(
+                f"  token {p.position} of sequence {p.sequence}: own {p.own:.3g}, later "
+                f"{p.later:.3g}, earlier {p.earlier:.3g}, others {p.others:.3g}"
+            )
+        return "\n".join(lines)
+
+
+def taint(
+    config_or_dir: str | Path | dict[str, Any],
+    *,
+    seed: int = 0,
+    generated: str | Path | None = None,
+    source: str | Path | None = None,
+    block_size: int = 4,
+    probes: int = PROBES,
+) -> TaintReport:
+    """Change single tokens of a random ragged schedule of the rewritten model.
+
+    Raises:
+        RuntimeRefusal: a config that cannot be used, no rewritten file, no room.
+    """
+    where, config, folder = _read(config_or_dir)
+    original, rewritten, _ = _models(config, folder, seed, generated, source)
+    windows = tuple(sorted({*_windows(config), *_retained(rewritten)}))
+    vocabulary = _vocabulary(config, original)
+    schedule = _schedule(vocabulary, seed, windows, block_size)
+    return spread(where, rewritten, schedule, vocabulary, seed, block_size, probes)
+
+
+def spread(
+    name: str,
+    model: Any,
+    schedule: Schedule,
+    vocabulary: int,
+    seed: int = 0,
+    block_size: int = 4,
+    probes: int = PROBES,
+) -> TaintReport:
+    """Run the schedule as it is and with each of `probes` tokens changed."""
+    chance = random.Random(seed)
+    before = _logits(model, schedule, block_size, seed)
+    allowed = TOLERANCE * float(np.concatenate(before).std())
+    found = []
+    for _ in range(probes):
+        sequence = chance.randrange(schedule.num_sequences)
+        position = chance.randrange(len(before[sequence]))
+        changed = _changed(schedule, sequence, position, vocabulary)
+        after = _logits(model, changed, block_size, seed)
+        deltas = [_change(a, b) for a, b in zip(before, after, strict=True)]
+        own = deltas[sequence]
+        others = [float(d.max()) for i, d in enumerate(deltas) if i != sequence]
+        found.append(
+            Probe(
+                sequence,
+                position,
+                float(own[position]),
+                float(own[position + 1 :].max(initial=0)),
+                float(own[:position].max(initial=0)),
+                max(others, default=0.0),
+            )
+        )
+    return TaintReport(name, sum(map(len, before)), tuple(found), allowed)
+
+
+def _change(one: np.ndarray, two: np.ndarray) -> np.ndarray:
+    """The largest change in each row; infinite where a logit became finite or ceased to be."""
+    same = np.isfinite(one) == np.isfinite(two)
+    both = np.isfinite(one) & np.isfinite(two)
+    delta = np.where(both, np.abs(np.where(both, one, 0) - np.where(both, two, 0)), 0)
+    result: np.ndarray = np.where(same.all(axis=-1), delta.max(axis=-1), np.inf)
+    return result
+
+
+def _logits(model: Any, schedule: Schedule, block_size: int, seed: int) -> list[np.ndarray]:
+    blocks = schedule.peak_blocks(block_size) + 2
+    cache = PagedCache(model, block_size, num_blocks=blocks, poison=True, shuffle_seed=seed)
+    return rewritten_logits(cache, schedule)
+
+
+def _changed(schedule: Schedule, sequence: int, position: int, vocabulary: int) -> Schedule:
+    """The schedule with another token at one position of one sequence."""
+    steps = []
+    seen = 0
+    for step in schedule.steps:
+        parts = []
+        for name, tokens in step.parts:
+            new = tokens
+            if name == sequence:
+                if seen <= position < seen + len(tokens):
+                    at = position - seen
+                    other = (tokens[at] + 1) % vocabulary
+                    new = (*tokens[:at], other, *tokens[at + 1 :])
+                seen += len(tokens)
+            parts.append((name, new))
+        steps.append(Step(tuple(parts), step.leaving))
+    return Schedule(tuple(steps), schedule.num_sequences)
