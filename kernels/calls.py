@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, lru_cache
 
 import mlx.core as mx
@@ -34,6 +34,7 @@ TOKEN = ((1,), mx.int32)
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
+@cache
 def dtype_name(dtype: mx.Dtype) -> str:
     return str(dtype).removeprefix("mlx.core.")
 
@@ -49,7 +50,7 @@ def write_kv(keys: mx.array, values: mx.array | None, pool: Pool, ragged: Ragged
     if values is not None:
         inputs["values"] = values
     (token,) = render(spec)(inputs, [TOKEN], groups=ragged.num_rows, threads=spec.threads)
-    return replace(pool, token=token)
+    return pool.after(token)
 
 
 def copy_blocks(pool: Pool, sources: Sequence[int], targets: Sequence[int]) -> Pool:
@@ -61,7 +62,7 @@ def copy_blocks(pool: Pool, sources: Sequence[int], targets: Sequence[int]) -> P
     pairs[: len(sources), 0], pairs[: len(sources), 1] = sources, targets
     inputs = {**_pools(pool), "pairs": mx.array(pairs), "token_in": pool.token}
     (token,) = render(spec)(inputs, [TOKEN], groups=len(sources), threads=spec.threads)
-    return replace(pool, token=token)
+    return pool.after(token)
 
 
 def gather(
@@ -91,7 +92,7 @@ def take(pool: Pool, slots: mx.array, count: int) -> tuple[mx.array, mx.array | 
         threads=spec.threads,
     )
     values = None if pool.values is None else made[1]
-    return made[0], values, replace(pool, token=made[-1])
+    return made[0], values, pool.after(made[-1])
 
 
 @lru_cache(maxsize=256)
@@ -146,10 +147,14 @@ def attention(
     query: Query, pool: Pool, ragged: Ragged, route: policy.Route | None
 ) -> tuple[mx.array, Pool]:
     """`ops.attention` on the routes that the policy assigns to the sequences."""
-    goes = policy.assign(ragged, query.layer, band=query.band, route=route)
+    layer, band = query.layer, query.band
+    goes = ragged.once(
+        ("assignment", layer, band, route),
+        lambda: policy.assign(ragged, layer, band=band, route=route),
+    )
     where = launch.active()
-    if where != "runner" and supports(query.layer) is None:
-        prepare(query.layer, query.band is not None, where)
+    if where != "runner":
+        prepare(layer, band is not None, where)
     outputs, order = [], (*goes.decode, *goes.tiled, *goes.gathered)
     for serve, sequences in ((_decode, goes.decode), (_tiled, goes.tiled)):
         if sequences:
@@ -256,7 +261,7 @@ def _run(
         out, token = render(spec)(
             inputs, [(rows, query.queries.dtype), TOKEN], groups=groups, threads=threads
         )
-        return out, replace(pool, token=token)
+        return out, pool.after(token)
     parts = max(MIN_METADATA, num_parts)
     values, stats, token = render(spec)(
         inputs,
@@ -278,7 +283,7 @@ def _run(
         groups=plan.num_rows * layer.query_heads,
         threads=32 * merge.simdgroups,
     )
-    return out, replace(pool, token=token)
+    return out, pool.after(token)
 
 
 def _gathered(query: Query, pool: Pool, ragged: Ragged, sequence: int) -> tuple[mx.array, Pool]:
@@ -307,6 +312,8 @@ def prepare(layer: AttentionSpec, banded: bool, where: launch.Backend | None) ->
     """Run every kernel that may serve a layer once, on two blocks, so that MLX compiles them now
     and none in mid-serving."""
     del where  # kernels are compiled for each back end
+    if supports(layer) is not None:
+        return
     tokens = [_prepare(spec, layer) for spec in policy.kernels(layer, banded)]
     mx.eval(tokens)
 

@@ -101,7 +101,7 @@ class MetalKernel:
             )
         arrays = [inputs[name] for name in self.input_names]
         dtypes = [dtype for _, dtype in outputs]
-        _forms.add((where, self.name, *map(_form, arrays), *map(str, dtypes)))
+        _forms.add((where, self.name, *map(_form, arrays), *dtypes))
         if where not in self._made:
             self._made[where] = self._make(where)
         group, thread = _dims(groups), _dims(threads)
@@ -135,6 +135,6 @@ def _dims(size: Dims | int) -> Dims:
     return (size, 1, 1) if isinstance(size, int) else size
 
 
-def _form(array: mx.array) -> tuple[str, str]:
-    kind = "scalar" if array.ndim == 0 else "constant" if array.size < CONSTANT_BELOW else "device"
-    return str(array.dtype), kind
+def _form(array: mx.array) -> tuple[mx.Dtype, bool, bool]:
+    """Scalars, few elements and many are different kernels, as are types."""
+    return array.dtype, array.ndim == 0, array.size < CONSTANT_BELOW

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from functools import wraps
+from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar
 
 from . import launch
 from .specs import (
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from .ragged import Ragged
 
 Route = Literal["kernel", "gathered"]
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # 32-bit registers that a thread may fill before the compiler spills: NVIDIA has 255, Apple's GPUs
 # about 128. The runner runs what Metal would.
@@ -113,6 +117,21 @@ def _narrow(band: int | None, context: int, layer: AttentionSpec) -> bool:
 # ------------------------------------------------------------------ kernels
 
 
+def _remembered(make: Callable[P, T]) -> Callable[P, T]:
+    """Make each spec once for a back end: every layer asks for its own at every step."""
+    made: dict[object, T] = {}
+
+    @wraps(make)
+    def find(*args: P.args, **words: P.kwargs) -> T:
+        key = (_where(), REGISTERS[_where()], args, *words.values())
+        if key not in made:
+            made[key] = make(*args, **words)
+        return made[key]
+
+    return find
+
+
+@_remembered
 def decode_spec(layer: AttentionSpec, partial: bool) -> DecodeSpec:
     """The kernel for single rows."""
     group = layer.query_heads // layer.kv_heads
@@ -153,6 +172,7 @@ def _decode_shape(layer: AttentionSpec, group: int, vector: int) -> tuple[int, i
     return 1, 4 * 32 // lanes
 
 
+@_remembered
 def tiled_spec(layer: AttentionSpec, *, banded: bool, partial: bool) -> TiledSpec:
     """The kernel for many rows."""
     # A simdgroup keeps sums of 16 rows, and their queries where there is room.
@@ -181,6 +201,7 @@ def tiled_spec(layer: AttentionSpec, *, banded: bool, partial: bool) -> TiledSpe
     )
 
 
+@_remembered
 def reduce_spec(layer: AttentionSpec) -> ReduceSpec:
     """The kernel that merges the parts of split rows."""
     return ReduceSpec(
@@ -209,6 +230,7 @@ def split(
     return max(least, 1 << max(0, wanted - 1).bit_length())
 
 
+@_remembered
 def write_spec(
     rows_dtype: str, pool_dtype: str, kv_heads: int, key_dim: int, value_dim: int | None
 ) -> WriteSpec:
@@ -223,6 +245,7 @@ def write_spec(
     )
 
 
+@_remembered
 def gather_spec(pool_dtype: str, kv_heads: int, key_dim: int, value_dim: int | None) -> GatherSpec:
     return GatherSpec(
         pool_dtype=pool_dtype,
@@ -235,6 +258,7 @@ def gather_spec(pool_dtype: str, kv_heads: int, key_dim: int, value_dim: int | N
     )
 
 
+@_remembered
 def copy_spec(pool_dtype: str, key_size: int, value_size: int | None) -> CopySpec:
     return CopySpec(
         pool_dtype=pool_dtype,

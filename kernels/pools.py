@@ -60,6 +60,10 @@ class Pool:
     def nbytes(self) -> int:
         return self.keys.nbytes + (0 if self.values is None else self.values.nbytes)
 
+    def after(self, token: mx.array) -> Pool:
+        """The pool after a kernel that gave this token."""
+        return Pool(self.keys, self.values, token, self.block_size, self.layout)
+
     def arrays(self) -> tuple[mx.array, ...]:
         """What to evaluate so that everything done to the pool so far has happened."""
         parts = (self.keys, self.values, self.token)
