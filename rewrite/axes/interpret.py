@@ -143,6 +143,7 @@ class Interpreter:
         self.depth = 0
         self.module_values: dict[tuple[str, str], Value] = {}
         self.memo: dict[Any, Value] = {}
+        self.lineages: dict[tuple[str, int], list[ClassValue | Library]] = {}
         self.unmemoised = 0
         self.assumed: dict[Any, bool] = {}
         self.assumptions: dict[Assumption, None] = {}
@@ -391,6 +392,12 @@ class Interpreter:
 
     def lineage(self, cls: ClassValue) -> list[ClassValue | Library]:
         """The class and its bases, the class first; library classes as such."""
+        key = (cls.module, id(cls.syntax))
+        if key not in self.lineages:
+            self.lineages[key] = self._lineage(cls)
+        return self.lineages[key]
+
+    def _lineage(self, cls: ClassValue) -> list[ClassValue | Library]:
         found: list[ClassValue | Library] = []
         queue: list[Value] = [cls]
         while queue:
