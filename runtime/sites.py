@@ -88,7 +88,10 @@ def paged_mask(
     """`create_attention_mask` as a value: causal, within `window_size` positions if given.
 
     Files make masks for kinds of layers that a config may not have, and pass None as their cache.
+    Those of mlx_vlm may pass all caches, of which the first counts.
     """
+    if isinstance(cache, list | tuple):
+        cache = cache[0] if cache else None
     if cache is None:
         return MaskSpec(window=window_size, return_array=return_array)
     return _view(cache, "paged_mask").make_mask(h.shape[1], window_size, return_array)
