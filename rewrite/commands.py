@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -133,7 +133,15 @@ def generate(words: Sequence[str]) -> int:
     parser = _Parser(prog="mlxrewrite generate", description=generate.__doc__)
     add = parser.add_argument
     add("--model", required=True, metavar="DIR|REPO", help="a checkpoint as mlx_lm loads it")
-    add("--prompt", action="append", required=True, metavar="TEXT", help="may be given often")
+    add("--prompt", action=_Asked, required=True, metavar="TEXT", help="may be given often")
+    add(
+        "--image",
+        action=_Image,
+        default=[],
+        metavar="FILE",
+        help="an image for the next --prompt, may be given often; loads the model with mlx_vlm",
+    )
+    add("--vlm", action="store_true", help="load the model with mlx_vlm, also without images")
     add("--max-tokens", type=int, default=256)
     add("--temp", type=float, default=0.0, help="0 is greedy (default)")
     add("--top-p", type=float, default=0.0)
@@ -147,12 +155,42 @@ def generate(words: Sequence[str]) -> int:
     got = parser.parse_args(words)
     if got.max_tokens < 1:
         raise UsageError("--max-tokens takes a number from 1")
+    if got.image:
+        raise UsageError("--image belongs to the --prompt behind it, and none follows")
     from .runtime.errors import RuntimeRefusal
 
     try:
         return _generate(got)
     except RuntimeRefusal as problem:
         raise UsageError(str(problem)) from problem
+
+
+class _Asked(argparse.Action):
+    """`--prompt`: takes the images that came before it."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        namespace.prompt = [*(namespace.prompt or []), values]
+        namespace.images = [*getattr(namespace, "images", []), tuple(namespace.image)]
+        namespace.image = []
+
+
+class _Image(argparse.Action):
+    """`--image`: waits for the next prompt."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        namespace.image = [*namespace.image, values]
 
 
 def _generate(got: Any) -> int:
@@ -164,6 +202,8 @@ def _generate(got: Any) -> int:
 
     if got.seed is not None:
         mx.random.seed(got.seed)
+    if got.vlm or any(got.images):
+        return _generate_with_images(got)
     model, tokenizer = load(
         got.model,
         adapter_path=got.adapter_path,
@@ -173,6 +213,34 @@ def _generate(got: Any) -> int:
     prompts = [encode_prompt(tokenizer, text, chat=not got.no_chat) for text in got.prompt]
     sampler = make_sampler(temp=got.temp, top_p=got.top_p, min_p=got.min_p, top_k=got.top_k)
     events = stream_generate(model, tokenizer, prompts, max_tokens=got.max_tokens, sampler=sampler)
+    return _show(got, events)
+
+
+def _generate_with_images(got: Any) -> int:
+    try:
+        from .runtime.vision_generate import Asked, load, prepare, stream_generate
+    except ImportError as problem:
+        raise UsageError(
+            f"mlx_vlm is not installed (`pip install mlxrewrite[vlm]`): {problem}"
+        ) from problem
+    from mlx_lm.sample_utils import make_sampler
+
+    model, processor = load(
+        got.model,
+        adapter_path=got.adapter_path,
+        generated=got.generated,
+        trust_remote_code=got.trust_remote_code,
+    )
+    asked = [Asked(text, images) for text, images in zip(got.prompt, got.images, strict=True)]
+    prompts = [prepare(model, processor, one, chat=not got.no_chat) for one in asked]
+    sampler = make_sampler(temp=got.temp, top_p=got.top_p, min_p=got.min_p, top_k=got.top_k)
+    events = stream_generate(model, processor, prompts, max_tokens=got.max_tokens, sampler=sampler)
+    return _show(got, events)
+
+
+def _show(got: Any, events: Iterable[Any]) -> int:
+    """Print the pieces of one answer as they come, of several one answer after the other."""
+    prompts = got.prompt
     if len(prompts) == 1:
         for event in events:
             print(event.text, end="", flush=True)

@@ -493,12 +493,14 @@ class Verdict:
 class Contract:
     """What the runtime must know to call a language model that stands inside a larger one.
 
-    `positions`: its forward takes explicit position ids. `state`: for each class, the attributes
-    that a forward pass leaves on the model, which belong to one sequence.
+    `positions`: its forward takes explicit position ids. `reads`: names of its arguments, those
+    taken from `**kwargs` included, and "**" if it hands the rest on. `state`: for each class, the
+    attributes that a forward pass leaves on the model, which belong to one sequence.
     """
 
     entry: str
     positions: bool
+    reads: tuple[str, ...]
     state: tuple[tuple[str, tuple[str, ...]], ...]
 
 

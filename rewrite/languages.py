@@ -17,6 +17,8 @@ from .program import Program
 POSITIONS = "position_ids"
 _GIVEN = frozenset({"self", "inputs", "input_ids", "inputs_embeds", "cache", POSITIONS})
 _FIRST_ROW = "mlx_vlm.models.base.cache_position_offset"
+# Kinds whose caches are keys and values alone: what a language model of mlx_vlm can page so far.
+_PAGED = frozenset({"softmax_attention", "handwritten_softmax", "repeated_keys"})
 _ENCODED = frozenset({"decoder_input_ids", "encoder_outputs"})
 _SETUP = frozenset({"__init__", "__post_init__", "sanitize", "shard", "from_dict"})
 _HOST = frozenset({"item", "tolist"})
@@ -33,7 +35,8 @@ def contract(program: Program, entry: ClassFacts) -> Contract:
             names = _stored(owner)
             if names:
                 state[owner.qualified] = names
-    return Contract(entry.qualified, positions, tuple(sorted(state.items())))
+    reads = _reads(found[1]) if found is not None else ()
+    return Contract(entry.qualified, positions, reads, tuple(sorted(state.items())))
 
 
 def unsuitable(program: Program, entry: ClassFacts) -> tuple[Diagnostic, ...] | None:
@@ -67,7 +70,7 @@ def language_reasons(
         message = f"no class that `{entry.name}` is built from is known to mix tokens"
         reasons.append(Diagnostic("no-kind", message, where))
     for match in kernels:
-        if match.route != "kernel":
+        if match.route != "kernel" or match.kind not in _PAGED:
             name = match.class_name.rsplit(".", 1)[-1]
             message = f"`{name}` ({match.kind}) has no kernel for mlx_vlm's caches"
             reasons.append(Diagnostic("cache-class", message, where))
@@ -135,6 +138,23 @@ def _takes_positions(method: Method) -> bool:
     if any(parameter.name == POSITIONS for parameter in method.function.parameters):
         return True
     return any(_optional(effect.value) == POSITIONS for effect in method.calls())
+
+
+def _reads(method: Method) -> tuple[str, ...]:
+    """Names of what a forward looks at: its parameters, and keys of its `**kwargs`."""
+    found = {p.name for p in method.function.parameters[1:] if p.kind not in ("*", "**")}
+    for effect in method.calls():
+        for value in effect.value.walk():
+            if value.op != "call":
+                continue
+            key = value.args[1] if len(value.args) > 1 else None
+            callee = value.args[0]
+            if callee.op == "attr" and callee.args[0].op == "param" and key is not None:
+                if callee.data in ("pop", "get") and key.op == "const":
+                    found.add(str(key.data))
+            if "**" in value.data:
+                found.add("**")
+    return tuple(sorted(found))
 
 
 def _stored(cls: ClassFacts) -> tuple[str, ...]:

@@ -31,8 +31,6 @@ from .views import View
 
 PACKAGE = "mlx_vlm"
 _MODELS = "mlx_vlm.models."
-# What a rewritten language model can be given row by row.
-_BY_ROW = frozenset({"position_ids", "rope_deltas"})
 # One position for all rows: fine for one sequence, wrong for many.
 _ONE_LENGTH_ROPES = frozenset({"DynamicNTKScalingRoPE"})
 
@@ -77,10 +75,12 @@ class VisionModel:
     """A model of mlx_vlm as `PagedCache` takes it: rewritten, or once per sequence.
 
     `route` is "kernel" or "model" (the whole language model once per sequence), `why` says why not
-    the kernel.
+    the kernel. `whole` asks for the latter.
     """
 
-    def __init__(self, model: nn.Module, generated: str | Path | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, generated: str | Path | None = None, *, whole: bool = False
+    ) -> None:
         self.model = model
         self.language: Any = model.language_model
         self._swaps: list[_Swap] = []
@@ -88,6 +88,10 @@ class VisionModel:
         self.manifest, self.why = _manifest(self.language, generated)
         self._state = _state_places(self.language, self.manifest)
         self._fresh = self._read_state()
+        if whole:
+            self.why = self.why or "asked for"
+        if not self.why and self.takes_positions and not self._gives_positions():
+            self.why = "its positions are made while it runs"
         if self.manifest is not None and not self.why:
             self._swaps = _swaps(self.language, generated_folder(generated, PACKAGE))
         self._take("rewritten")
@@ -157,6 +161,16 @@ class VisionModel:
         self._write_state(self._fresh)
         return prepared
 
+    def _gives_positions(self) -> bool:
+        """The model tells the positions of a prompt before its language model runs."""
+        try:
+            found = self.model.get_input_embeddings(mx.array([[0]], mx.int32), None)
+        except (ValueError, TypeError, AttributeError, IndexError, KeyError):
+            return False
+        finally:
+            self._write_state(self._fresh)
+        return found.position_ids is not None
+
     def _set_positions(self, prepared: Prepared) -> None:
         given = prepared.features.get("position_ids")
         if given is None:
@@ -178,13 +192,20 @@ class VisionModel:
         self._prompts.pop(sequence, None)
 
     def by_rows(self, prepared: Prepared) -> bool:
-        """The prompt can be read row by row, mixed with others and in chunks."""
-        if self.route != "kernel":
-            return False
-        if not prepared.images:
-            return True
-        wanted = set(prepared.features) - _BY_ROW - _PROCESSOR
-        return not wanted and (prepared.positions is not None or not self.takes_positions)
+        """The prompt can be read row by row, mixed with others and in chunks.
+
+        So it is if the language model looks at nothing but embeddings and positions.
+        """
+        if self.route != "kernel" or not prepared.images:
+            return self.route == "kernel"
+        assert self.manifest is not None and self.manifest.contract is not None
+        reads = set(self.manifest.contract["reads"])
+        wanted = set(prepared.features) if "**" in reads else set(prepared.features) & reads
+        wanted -= {"position_ids", "rope_deltas"}
+        if self.takes_positions:
+            wanted -= _FOR_POSITIONS
+            return not wanted and prepared.positions is not None
+        return not wanted
 
     # ------------------------------------------------------------------- step
 
@@ -344,18 +365,8 @@ class VisionModel:
             setattr(self._state[index][0], name, value)
 
 
-# What a processor returns that the language models read only to find positions.
-_PROCESSOR = frozenset(
-    {
-        "attention_mask",
-        "image_grid_thw",
-        "video_grid_thw",
-        "image_sizes",
-        "pixel_attention_mask",
-        "attention_mask_4d",
-        "token_type_ids",
-    }
-)
+# What language models read only to find the positions that they are given.
+_FOR_POSITIONS = frozenset({"attention_mask", "image_grid_thw", "video_grid_thw", "pixel_values"})
 
 
 def _manifest(language: Any, generated: str | Path | None) -> tuple[Manifest | None, str]:

@@ -117,9 +117,9 @@ def verify(
 def reference(model: Any, case: Case) -> np.ndarray:
     """Logits [n, V] of the last prompt token and all that follow, as mlx_vlm generates."""
     given = dict(case.inputs)
-    pixels = given.pop("pixel_values", None)
+    pixels, mask = given.pop("pixel_values", None), given.pop("mask", None)
     ids = mx.array([case.prompt], mx.int32)
-    embedding = model.get_input_embeddings(ids, pixels, **given)
+    embedding = model.get_input_embeddings(ids, pixels, mask=mask, **given)
     features = {k: v for k, v in embedding.to_dict().items() if v is not None}
     embeds = features.pop("inputs_embeds")
     caches = own_caches.make_prompt_cache(model.language_model)

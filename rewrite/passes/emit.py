@@ -82,6 +82,7 @@ def _manifest(
         content["contract"] = {
             "entry": plan.contract.entry,
             "positions": plan.contract.positions,
+            "reads": list(plan.contract.reads),
             "state": {cls: list(names) for cls, names in plan.contract.state},
         }
     return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,254 @@
+"""Language models of mlx_vlm: mixed batches with and without images against mlx_vlm itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("mlx_vlm")
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+from mlxrewrite.runtime.cache import PagedCache
+from mlxrewrite.runtime.errors import RuntimeRefusal
+from mlxrewrite.runtime.vision import VisionModel
+from mlxrewrite.runtime.vision_generate import decode, wrapped
+from mlxrewrite.runtime.vision_verify import build, verify
+from vlm_prompts import FOLDER, read
+
+CONFIGS = sorted(FOLDER.glob("*.json"))
+# The families that most checkpoints are of; the others run with the slow tests.
+USUAL = {
+    "gemma3",
+    "idefics3",
+    "internvl_chat",
+    "llava",
+    "mllama",
+    "paligemma",
+    "pixtral",
+    "qwen2_5_vl",
+    "qwen2_vl",
+    "qwen3_vl",
+}
+
+
+def _marked(path: Path) -> object:
+    marks = () if path.stem in USUAL else (pytest.mark.slow,)
+    return pytest.param(path, id=path.stem, marks=marks)
+
+
+@pytest.mark.parametrize("path", [_marked(path) for path in CONFIGS])
+def test_mixed_batches_agree_with_mlx_vlm(path):
+    config, images = read(path)
+    report = verify(config, images=images)
+    assert report.passed, report
+    assert report.text.spread > 0
+    assert (report.images is not None) == bool(images)
+
+
+@pytest.fixture
+def qwen():
+    config, images = read(FOLDER / "qwen2_vl.json")
+    return config, images
+
+
+def test_kernel_and_whole_model_routes_are_both_taken():
+    routes = {}
+    for name in ("qwen2_vl", "qwen3_vl", "paligemma"):
+        config, images = read(FOLDER / f"{name}.json")
+        report = verify(config, images=images)
+        routes[name] = (report.route, report.read)
+    assert routes == {
+        "qwen2_vl": ("kernel", "by rows"),
+        "qwen3_vl": ("kernel", "alone"),
+        "paligemma": ("model", "whole"),
+    }
+
+
+@pytest.mark.parametrize("broken", ["axes", "delta", "images"])
+def test_wrong_positions_and_embeddings_are_noticed(qwen, monkeypatch, broken):
+    config, images = qwen
+    if broken == "images":
+        monkeypatch.setattr(VisionModel, "_row_embeds", lambda self, ids, rows: None)
+    else:
+        prepare = VisionModel.prepare
+
+        def wrong(self, ids, **inputs):
+            found = prepare(self, ids, **inputs)
+            if broken == "axes" and found.images:
+                found.positions = found.positions[:1].repeat(3, axis=0)
+            elif found.images:
+                found.delta += 1
+            return found
+
+        monkeypatch.setattr(VisionModel, "prepare", wrong)
+    report = verify(config, images=images)
+    assert report.text.within(report.tolerance)
+    assert not report.images.within(report.tolerance)
+
+
+def test_rows_of_different_lengths_do_not_see_each_other(qwen):
+    """Batches of mlx_vlm are padded on the left, and versions to 0.6.15 let the padding be seen."""
+    config, images = qwen
+    model = VisionModel(build(config, 0))
+    long, short = list(range(3, 40)), [5, 6, 7]
+
+    def answers(prompts):
+        found = {}
+        prepared = [model.prepare(ids, **inputs) for ids, inputs in prompts]
+        for index, token, _ in decode(model, prepared, max_tokens=6, prefill_chunk=7, block_size=4):
+            found.setdefault(index, []).append(token)
+        return [found[i] for i in range(len(prompts))]
+
+    prompts = [(long, {}), images[0], (short, {}), images[1]]
+    assert answers(prompts) == [answers([prompt])[0] for prompt in prompts]
+    assert answers(prompts[::-1]) == answers(prompts)[::-1]
+
+
+def test_nothing_of_a_sequence_stays_on_the_model(qwen):
+    config, images = qwen
+    for route in ("kernel", "model"):
+        model = VisionModel(build(config, 0), whole=route == "model")
+        assert model.route == route
+        list(decode(model, [model.prepare(*images[0][:1], **images[0][1])], max_tokens=3))
+        assert model.language._rope_deltas is None
+        assert model.language._position_ids is None
+
+
+def test_the_vision_tower_and_the_weights_stay_what_they_are(qwen):
+    config, _ = qwen
+    original = build(config, 0)
+    before = dict(tree_flatten(original.parameters()))
+    classes = {name: type(module) for name, module in original.named_modules()}
+    model = VisionModel(original)
+    after = dict(tree_flatten(model.model.parameters()))
+    assert before.keys() == after.keys()
+    assert all(after[name] is value for name, value in before.items())
+    changed = {n for n, m in model.model.named_modules() if type(m) is not classes[n]}
+    assert changed and all(name.startswith("language_model") for name in changed)
+    with model.original():
+        assert {n: type(m) for n, m in model.model.named_modules()} == classes
+
+
+def test_a_prompt_with_images_cannot_be_cut_where_the_model_runs_whole():
+    config, images = read(FOLDER / "paligemma.json")
+    model = VisionModel(build(config, 0))
+    ids, inputs = images[0]
+    cache = PagedCache(model, 4, num_blocks=64)
+    name = cache.add_sequence()
+    model.attach(name, model.prepare(ids, **inputs))
+    with pytest.raises(RuntimeRefusal, match="read in one step"):
+        cache.step({name: ids[:5]})
+
+
+@pytest.mark.parametrize("kind", ["nothing", "diffusion"])
+def test_what_does_not_append_tokens_is_refused(qwen, monkeypatch, kind):
+    model = build(qwen[0], 0)
+    if kind == "nothing":
+        model.language_model = None
+    else:
+        name = "mlxrewrite.runtime.vision_generate.is_diffusion_model"
+        monkeypatch.setattr(name, lambda model, kwargs: True)
+    with pytest.raises(RuntimeRefusal, match="no language model|by diffusion"):
+        wrapped(model)
+
+
+# --------------------------------------------------------------------------- command line
+
+IMAGE, VIDEO, START, END = "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"
+TEMPLATE = (
+    "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for c in m.content %}{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif c.type == 'text' %}{{ c.text }}{% endif %}{% endfor %}{% endif %}{% endfor %}"
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A qwen2_vl of random weights with a tokenizer of 100 words and a picture."""
+    from PIL import Image
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("checkpoint")
+    config, _ = read(FOLDER / "qwen2_vl.json")
+    names = {
+        config["image_token_id"]: IMAGE,
+        config["video_token_id"]: VIDEO,
+        config["vision_start_token_id"]: START,
+    }
+    words = {names.get(i, f"w{i}"): i for i in range(config["vocab_size"])}
+    words[END] = words.pop("w159")
+    words["<unk>"] = words.pop("w0")
+    words["</s>"] = words.pop("w1")
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        eos_token="</s>",
+        additional_special_tokens=[IMAGE, VIDEO, START, END],
+        chat_template=TEMPLATE,
+    )
+    fast.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps(
+            {
+                "patch_size": 4,
+                "merge_size": 2,
+                "temporal_patch_size": 2,
+                "min_pixels": 64,
+                "max_pixels": 1024,
+                "size": {"shortest_edge": 64, "longest_edge": 1024},
+                "image_processor_type": "Qwen2VLImageProcessor",
+                "processor_class": "Qwen2VLProcessor",
+            }
+        )
+    )
+    weights = dict(tree_flatten(build(config, 0).parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
+    for name, size in (("a.png", (16, 16)), ("b.png", (24, 16))):
+        pixels = np.random.default_rng(len(name)).integers(0, 255, (*size, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+    return folder
+
+
+def test_generate_takes_prompts_with_and_without_images_in_one_batch(checkpoint, capsys):
+    from mlxrewrite.cli import main
+
+    a, b = str(checkpoint / "a.png"), str(checkpoint / "b.png")
+    base = ["generate", "--model", str(checkpoint), "--max-tokens", "5"]
+    alone = []
+    for words in (
+        ["--image", a, "--prompt", "w5 w6"],
+        ["--vlm", "--prompt", "w7 w8 w9"],
+        ["--image", a, "--image", b, "--prompt", "w6"],
+    ):
+        assert main([*base, *words]) == 0
+        alone.append(capsys.readouterr().out.strip())
+    assert len(set(alone)) == 3
+    words = ["--image", a, "--prompt", "w5 w6", "--prompt", "w7 w8 w9"]
+    words += ["--image", a, "--image", b, "--prompt", "w6"]
+    assert main([*base, *words]) == 0
+    shown = capsys.readouterr().out
+    for text in alone:
+        assert text in shown
+
+
+def test_an_image_without_a_prompt_behind_it_is_an_error(checkpoint, capsys):
+    from mlxrewrite.cli import main
+
+    words = ["generate", "--model", str(checkpoint), "--prompt", "w5", "--image", "a.png"]
+    assert main(words) == 2
+    assert "none follows" in capsys.readouterr().err
+
+
+def test_a_missing_image_is_one_error(checkpoint, capsys):
+    from mlxrewrite.cli import main
+
+    words = ["generate", "--model", str(checkpoint), "--image", "absent.png", "--prompt", "w5"]
+    assert main(words) == 2
+    assert "absent.png" in capsys.readouterr().err
