@@ -7,6 +7,7 @@ ids, and nothing else, so branches that need more are dead here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 
 from .ir import ClassFacts, Contract, Diagnostic, Match, Method, Refusal, Value, Verdict
@@ -93,6 +94,16 @@ def language_reasons(
                         program, owner, method, top=entry_forward, explicit=explicit
                     )
     return reasons
+
+
+# What the runtime keeps with each sequence (`Contract.state`), what only remembers results by a
+# key, and the sequence's own caches.
+_KEPT = re.compile(r"in `(self\.\w+|[^`]*\[[A-Za-z_][\w.]*\]|cache(\[\d+\]|\.\w+))` for its next")
+
+
+def shared_state(found: Iterable[Diagnostic]) -> tuple[Diagnostic, ...]:
+    """Of state that outlives a call, what one sequence would find of another."""
+    return tuple(d for d in found if not (d.slug == "state-on-self" and _KEPT.search(d.message)))
 
 
 def outside(program: Program, name: str, judged: Match | Refusal) -> Refusal:

@@ -151,7 +151,7 @@ def test_what_does_not_append_tokens_is_refused(qwen, monkeypatch, kind):
     else:
         name = "mlxrewrite.runtime.vision_generate.is_diffusion_model"
         monkeypatch.setattr(name, lambda model, kwargs: True)
-    with pytest.raises(RuntimeRefusal, match="no language model|by diffusion"):
+    with pytest.raises(RuntimeRefusal, match=r"no language model|by diffusion"):
         wrapped(model)
 
 

@@ -189,3 +189,14 @@ def test_a_class_that_takes_no_cache_is_left_alone(tmp_path):
     )
     done = compiled(tmp_path, text)
     assert done.emitted.plan.route == "none" and not done.emitted.plan.notes
+
+
+def test_state_in_a_container_of_the_model_is_refused(tmp_path):
+    """The runtime keeps attributes for each sequence; what is put into one it cannot take out."""
+    append = "        self._deltas.append(h)\n        if mask is None:"
+    text = LANGUAGE.replace("        if mask is None:", append).replace(
+        "h = layer(h, mask, c)", "h = layer(h, mask, c) + cache[0].offset[0].item()"
+    )
+    done = compiled(tmp_path, text)
+    assert done.emitted.plan.route == "refused"
+    assert done.emitted.code is None

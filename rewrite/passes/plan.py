@@ -8,7 +8,7 @@ from ..drivers import driver_edits
 from ..edits import decorate, insert, replace, site_comment
 from ..heads import last_rows_edit
 from ..ir import ClassFacts, Diagnostic, Edit, Import, Match, ModuleFacts, Plan, Refusal, Verdict
-from ..languages import contract, language_reasons, unsuitable
+from ..languages import contract, language_reasons, shared_state, unsuitable
 from ..match import place
 from ..outliving import outliving, outliving_in
 from ..program import Program
@@ -109,6 +109,8 @@ def plan(
     if own.mode == "none":
         return Plan(name, "none", (), tuple(refusals), own.reasons, ())
     kept = _kept_state(program, own, matches)
+    if in_place:
+        kept = shared_state(kept)
     if kept:
         refusal = Refusal(own.entry.qualified if own.entry is not None else name, kept)
         return Plan(name, "refused", (), (*refusals, refusal), own.reasons, ())
