@@ -15,11 +15,14 @@ from mlx_vlm.generate.diffusion import is_diffusion_model
 from mlx_vlm.prompt_utils import apply_chat_template
 
 from .cache import PagedCache, cache_retentions
-from .decoding import CLEAR_EVERY, MOST_POSITIONS, PREFILL_CHUNK, Sampler
+from .decoding import PREFILL_CHUNK, Sampler
 from .errors import BadModel, RuntimeRefusal
 from .generate import Piece
 from .load import BROKEN, model_folder, said
 from .vision import Prepared, VisionModel
+
+MOST_POSITIONS = 16384  # of a pool; prompts beyond it wait their turn
+CLEAR_EVERY = 256  # steps
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,6 +48,27 @@ def test_mixed_batches_agree_with_mlx_vlm(path):
     assert (report.images is not None) == bool(images)
 
 
+TEXT = [
+    line
+    for line in (FOLDER.parent / "vlm_text.txt").read_text().splitlines()
+    if not line.startswith("#")
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TEXT)
+def test_text_models_of_mlx_vlm_agree(name):
+    report = verify(FOLDER.parent / "configs" / f"{name}.json")
+    assert report.passed, report
+
+
+def test_a_model_that_embeds_prompts_differently_runs_whole():
+    """mlx_vlm's granite scales embeddings that it is given, and not those of ids."""
+    report = verify(FOLDER.parent / "configs" / "granite.json")
+    assert report.route == "model" and "embedded in another way" in report.why
+    assert report.passed, report
+
+
 @pytest.fixture
 def qwen():
     config, images = read(FOLDER / "qwen2_vl.json")
