@@ -207,7 +207,8 @@ def decode(
 
 def _sampled(choose: Sampler, logits: mx.array) -> list[int]:
     chosen = choose(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
-    return [int(token) for token in chosen.tolist()]  # type: ignore[union-attr]
+    values: list[int] = chosen.tolist()  # type: ignore[assignment]
+    return values
 
 
 def stream_generate(
