@@ -17,6 +17,7 @@ SLUGS: dict[str, str] = {
     "state-on-self": "the forward method keeps state on the model",
     "rewritten-twice": "two edits overlap; this is a bug in mlxrewrite",
     "invalid-output": "the rewritten text does not compile; this is a bug in mlxrewrite",
+    "patched": "a file changes classes or modules when it is imported",
     "sibling": "a class imported from another file was refused there",
     "row-mixing": "an operation mixes tokens outside a recognised site",
     "token-count": "the number of tokens is used as data",

@@ -169,12 +169,26 @@ class Mixer:
                 for value in (effect.target, *effect.value.args)
             }
             for value in every_value(method):
+                if self._moved_on(method, value):
+                    found.append(value)
                 if value.op != "attr" or value.data in VIEW_ATTRIBUTES or id(value) in tails:
                     continue
                 if value.data in ("keys", "values", "state", "lengths", "left_padding", "advance"):
                     if self.is_cache(value.args[0]):
                         found.append(value)
         return found
+
+    def _moved_on(self, method: Method, value: Value) -> bool:
+        """`cache.offset` behind the fetch: upstream it has moved on, in a view it has not."""
+        if value.op != "attr" or value.data != "offset":
+            return False
+        return any(
+            fetch.method is method
+            and value.span.start >= fetch.call.span.end
+            and (same(fetch.cache, value.args[0]) or live(fetch.cache) is live(value.args[0]))
+            for fetch in self.fetches
+            if method_call(fetch.call, "update_and_fetch") is not None
+        )
 
     @property
     def mixes(self) -> bool:

@@ -15,9 +15,11 @@ from collections.abc import Iterator
 from .ir import (
     Assign,
     AugAssign,
+    Block,
     Class,
     ClassFacts,
     Diagnostic,
+    Evaluate,
     Expr,
     For,
     Function,
@@ -27,6 +29,8 @@ from .ir import (
     Simple,
     Source,
     Span,
+    Stmt,
+    While,
 )
 from .match import place
 from .program import Program
@@ -55,6 +59,52 @@ def outliving(program: Program, modules: list[ModuleFacts]) -> Iterator[Diagnost
     for module in modules:
         for statement in module.module.body:
             yield from _definition(program, module, statement, before)
+
+
+def patches(module: ModuleFacts) -> Iterator[Diagnostic]:
+    """What a module does when it is imported beyond binding names: its classes are then not as
+    they are written."""
+    stack: list[Stmt] = list(reversed(module.module.body))
+    while stack:
+        node = stack.pop()
+        if isinstance(node, If):
+            stack += [*node.body, *node.orelse]
+        elif isinstance(node, Block):
+            stack += [part for body in node.bodies for part in body]
+        elif isinstance(node, Class):
+            stack += node.body
+        elif isinstance(node, Assign):
+            if all(target.op == "name" for target in node.targets):
+                continue
+            yield _patch(module, node)
+        elif isinstance(node, Evaluate):
+            if not _only_speaks(node.value):
+                yield _patch(module, node)
+        elif isinstance(node, (For, While, AugAssign)) or (
+            isinstance(node, Simple) and node.keyword in ("del", "delete", "global", "nonlocal")
+        ):
+            yield _patch(module, node)
+
+
+def _patch(module: ModuleFacts, node: Stmt) -> Diagnostic:
+    return Diagnostic(
+        "patched",
+        "the file changes something when it is imported",
+        place(module.source, node.span),
+        "classes may then not be as they are written",
+        "definitions and names bound once",
+        act="source",
+    )
+
+
+def _only_speaks(expr: Expr) -> bool:
+    if expr.op in ("const", "string"):
+        return True
+    if expr.op != "call":
+        return False
+    root = _root(expr.args[0])
+    speaks = ("print", "warnings", "logging", "logger", "sys")
+    return root is not None and root.op == "name" and root.data in speaks
 
 
 def outliving_in(program: Program, cls: ClassFacts) -> Iterator[Diagnostic]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .masks import MaskSpec
+from .masks import MaskSpec, seen_through
 from .per_sequence import per_sequence, per_sequence_model
 from .views import Handle, View, find_view
 
@@ -49,22 +49,9 @@ def paged_attention(
     leaf = keys.leaf
     if values.leaf is not leaf or keys.role != "keys" or values.role != "values":
         raise TypeError(f"paged_attention: {keys!r} and {values!r} are not keys and their values")
-    if not isinstance(mask, MaskSpec) or mask.kind != "attention":
-        raise TypeError(
-            f"paged_attention: expected a mask made by `paged_mask`, got {mask!r}; without one, "
-            "rows would see later positions"
-        )
+    window, chunk = seen_through(mask, leaf.retention, "paged_attention")
     if scale is None:
         raise TypeError("paged_attention: expected a scale")
-    if mask.prefix is not None:
-        raise TypeError("paged_attention: no op attends in both directions inside a prefix yet")
-    retention = leaf.retention
-    window, chunk = mask.window, mask.chunk
-    # The mask says what the layer asks for, the cache what is kept: upstream can see no more.
-    if retention.window is not None:
-        window = retention.window if window is None else min(window, retention.window)
-    if retention.chunk is not None and chunk is None:
-        chunk = retention.chunk
     heads, kv_heads = queries.shape[1], leaf.pool.pool.kv_heads
     ragged = keys.batch.ragged[leaf.group]
     assert ragged is not None  # the write of this step needed it
@@ -93,7 +80,7 @@ def paged_mask(
     if isinstance(cache, list | tuple):
         cache = cache[0] if cache else None
     if cache is None:
-        return MaskSpec(window=window_size, return_array=return_array)
+        return MaskSpec(window=window_size, return_array=return_array, floating=True)
     return _view(cache, "paged_mask").make_mask(h.shape[1], window_size, return_array)
 
 

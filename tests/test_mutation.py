@@ -8,8 +8,8 @@ import types
 from functools import cache
 
 import pytest
-from mutation.corpus import config_of, mutants
-from mutation.judge import BUG, INVALID, KEPT, MODEL, REFUSED, SILENT, Judge, Verdict
+from mutation.corpus import config_names, config_of, mutants
+from mutation.judge import BUG, INVALID, KEPT, LOUD, MODEL, REFUSED, SILENT, Judge, Verdict
 from mutation.operators import all_operators
 from mutation.report import Row, summary
 from mutation.source import File
@@ -68,6 +68,18 @@ def test_there_are_enough_operators():
     assert len({operator.family for operator in all_operators().values()}) >= 8
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("config", FILES)
+def test_sample(config):
+    holds(sample(config, EACH, seed=11))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [c for c in config_names() if c not in FILES][::4])
+def test_more(config):
+    holds(sample(config, 6, seed=12))
+
+
 def test_an_unchanged_file_is_kept():
     name = "llama"
     assert judge(name).of({name: library().text(name)}).outcome == KEPT
@@ -102,7 +114,25 @@ def test_a_cast_to_fewer_bits_is_not_dropped(operator):
     never_wrong("llama", operator, MODEL)
 
 
+@pytest.mark.parametrize("operator", ["mask-without-cache", "caches-none"])
+def test_a_mask_without_a_cache_has_no_window(operator):
+    never_wrong("gemma3_text", operator, KEPT, LOUD, MODEL)
+
+
 def test_a_callee_bound_elsewhere_is_replaced_where_it_is_called():
     never_wrong("llama", "import-inside", KEPT)
     never_wrong("gpt2", "import-inside", KEPT)
-    assert REFUSED  # the outcome exists
+
+
+def test_a_position_read_behind_the_fetch_is_refused():
+    never_wrong("llama", "rope-query-after-fetch", MODEL)
+
+
+def test_classes_changed_at_import_are_not_as_they_are_written():
+    never_wrong("llama", "patched-setattr", MODEL, REFUSED)
+    never_wrong("llama", "patched-forward-mixing", MODEL, REFUSED)
+
+
+@pytest.mark.parametrize("operator", ["state-on-self-plain", "module-global"])
+def test_state_outside_caches_runs_in_no_route(operator):
+    never_wrong("llama", operator, REFUSED)

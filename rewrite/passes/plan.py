@@ -10,7 +10,7 @@ from ..heads import last_rows_edit
 from ..ir import ClassFacts, Diagnostic, Edit, Import, Match, ModuleFacts, Plan, Refusal, Verdict
 from ..languages import contract, language_reasons, shared_state, unsuitable
 from ..match import place
-from ..outliving import outliving, outliving_in
+from ..outliving import outliving, outliving_in, patches
 from ..program import Program
 from ..sources import MODEL
 from .facts import absolute_module
@@ -70,6 +70,8 @@ def verdict(
             reasons += judged.diagnostics
     for cls in {**reachable, **own}.values():
         reasons += _foreign_caches(program, cls)
+    for read in program.modules.values():
+        reasons += patches(read)
     if nested:
         reasons += language_reasons(program, entry, judgements)
     return Verdict("model" if reasons else "sites", entry, tuple(_unique(reasons)))
@@ -160,6 +162,11 @@ def _whole_model_plan(
         return Plan(name, "refused", (), (*refusals, Refusal(entry.qualified, kept)), notes, ())
     edits = _import_edits(program, module, targets, verdicts, paged=False)
     forward = entry.methods.get("__call__") if entry.module == name else None
+    if forward is not None and (forward.function.decorators or entry.syntax.decorators):
+        where = place(module.source, forward.function.name_span)
+        message = f"`{entry.name}.__call__` is decorated: what runs once per sequence is not all"
+        refusal = Refusal(entry.qualified, (Diagnostic("patched", message, where, act="source"),))
+        return Plan(name, "refused", (), (*refusals, refusal), notes, ())
     if forward is not None:
         source = module.source
         text = "the whole model runs once per sequence, over that sequence's own caches"
@@ -176,6 +183,11 @@ def _whole_model_plan(
 
 def _kept_state(program: Program, own: Verdict, matches: Iterable[Match]) -> tuple[Diagnostic, ...]:
     """State outside caches, where original code runs for one sequence after another."""
+    changed = [d for d in own.reasons if d.slug == "patched"]
+    if (
+        changed
+    ):  # the class that would be told to run once per sequence may not be the one that runs
+        return tuple(_unique(changed))
     if own.mode == "model":
         modules = [m for name, m in program.modules.items() if name not in _CACHE_MODULES]
         found = list(outliving(program, modules))

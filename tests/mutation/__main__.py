@@ -56,6 +56,8 @@ def main(words: list[str] | None = None) -> int:
     start = time.monotonic()
     for row in _run(jobs, got.jobs):
         rows.append(row)
+        if got.json is not None and len(rows) % 50 == 0:
+            save(rows, got.json)  # a run that is cut off leaves what it found
         if row.outcome in (SILENT, BUG):
             print(
                 f"{row.outcome}: {row.config} {row.operator} #{row.number} {row.where} "

@@ -59,8 +59,8 @@ class Library:
         """A compiler for the package with these files in place of (or beside) its own."""
         changed = {f"{MODELS}.{name}": text.encode() for name, text in texts.items()}
         package = self.package
-        shape = (package.name, package.root, package.shown, package.upstream)
-        compiler = Compiler(Changed(*shape, tuple(changed.items())))
+        shape = (package.name, package.root, package.shown, package.upstream, package.entry)
+        compiler = Compiler(Changed(*shape, texts=tuple(changed.items())))
         known: dict[str, ModuleFacts | None] = dict(self.compiler.facts)
         compiler.facts.update({n: f for n, f in known.items() if n not in changed and f})
         return compiler
