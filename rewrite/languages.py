@@ -23,6 +23,7 @@ _PAGED = frozenset({"softmax_attention", "handwritten_softmax", "repeated_keys"}
 _ENCODED = frozenset({"decoder_input_ids", "encoder_outputs"})
 _SETUP = frozenset({"__init__", "__post_init__", "sanitize", "shard", "from_dict"})
 _HOST = frozenset({"item", "tolist"})
+_EXTREMES = frozenset({"max", "min", "mlx.core.max", "mlx.core.min"})
 _ORDERS = frozenset({"<", "<=", ">", ">=", "==", "!="})
 
 
@@ -210,7 +211,11 @@ def _host_positions(
         message = None
         if value.op == "call":
             callee = value.args[0]
-            if callee.op == "attr" and callee.data in _HOST and _is_position(callee.args[0]):
+            given = callee.args if callee.op == "attr" else value.args[1:2]
+            named = callee.data if callee.op == "attr" else callee_name(program, value)
+            if named in _EXTREMES and any(_is_position(part) for part in given):
+                message = "the largest or smallest position, for all rows"
+            elif callee.op == "attr" and callee.data in _HOST and _is_position(callee.args[0]):
                 message = f"`.{callee.data}()` of a position: rows have one each"
             elif callee_name(program, value) == "builtins.int" and len(value.args) == 2:
                 if _is_position(value.args[1]):
@@ -237,6 +242,9 @@ def _is_position(value: Value, depth: int = 0) -> bool:
         return any(_is_position(part, depth + 1) for part in value.args[1:])
     if value.op in ("binary", "unary", "item", "index"):
         return any(_is_position(part, depth + 1) for part in value.args)
+    if value.op == "call" and value.args[0].op == "global":
+        made = value.args[0].data == "mlx.core.array"
+        return made and any(_is_position(part, depth + 1) for part in value.args[1:2])
     return False
 
 

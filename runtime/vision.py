@@ -20,6 +20,7 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 from mlx_vlm.models import cache as own_caches
+from mlx_vlm.models import rope_utils
 from mlxrewrite.kernels.ops import Ragged
 
 from . import caches as specs
@@ -31,8 +32,8 @@ from .views import View
 
 PACKAGE = "mlx_vlm"
 _MODELS = "mlx_vlm.models."
-# One position for all rows: fine for one sequence, wrong for many.
-_ONE_LENGTH_ROPES = frozenset({"DynamicNTKScalingRoPE"})
+# These take the largest position of a batch for all rows, to choose between two sets of factors.
+_ONE_LENGTH_ROPES = (rope_utils.SuScaledRoPE,)
 
 for _name in ("KVCache", "RotatingKVCache", "ChunkedKVCache", "ArraysCache", "CacheList"):
     getattr(specs, _name).register(getattr(own_caches, _name))
@@ -445,7 +446,7 @@ def _manifest(language: Any, generated: str | Path | None) -> tuple[Manifest | N
     if contract.get("entry") != f"{cls.__module__}.{cls.__qualname__}":
         return manifest, f"{cls.__qualname__} is not the class that was rewritten"
     for module in language.modules():
-        if type(module).__name__ in _ONE_LENGTH_ROPES:
+        if isinstance(module, _ONE_LENGTH_ROPES):
             return manifest, "its rope depends on the length of one sequence"
     return manifest, ""
 

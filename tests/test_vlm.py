@@ -69,6 +69,12 @@ def test_a_model_that_embeds_prompts_differently_runs_whole():
     assert report.passed, report
 
 
+def test_a_rope_that_looks_at_the_longest_sequence_runs_whole():
+    report = verify(FOLDER.parent / "configs" / "phi3.json")
+    assert report.route == "model" and "length of one sequence" in report.why
+    assert report.passed, report
+
+
 @pytest.fixture
 def qwen():
     config, images = read(FOLDER / "qwen2_vl.json")

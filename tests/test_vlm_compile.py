@@ -124,6 +124,11 @@ def test_a_folder_or_file_of_the_package_is_a_part_of_it():
     [
         ("        h = self.embed", "        n = cache[0].offset[0].item()\n        h = self.embed"),
         ("        h = self.embed", "        n = int(cache[0].offset)\n        h = self.embed"),
+        (
+            "        h = self.embed",
+            "        n = mx.max(mx.array(cache[0].offset))\n        h = self.embed",
+        ),
+        ("        h = self.embed", "        n = cache[0].offset.max()\n        h = self.embed"),
         ("if mask is None:", "if mask is None and cache[0].offset == 0:"),
     ],
 )
