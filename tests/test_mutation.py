@@ -136,3 +136,7 @@ def test_classes_changed_at_import_are_not_as_they_are_written():
 @pytest.mark.parametrize("operator", ["state-on-self-plain", "module-global"])
 def test_state_outside_caches_runs_in_no_route(operator):
     never_wrong("llama", operator, REFUSED)
+
+
+def test_a_loop_that_ends_with_the_length_of_a_chunk_is_refused():
+    never_wrong("llama", "layers-early-exit", MODEL)
