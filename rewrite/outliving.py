@@ -50,6 +50,7 @@ _CHANGES = frozenset(
     }
 )  # fmt: skip
 _REACHING = frozenset({"type", "globals", "vars", "locals", "super", "__import__"})
+_HARMLESS = frozenset({"open", "print", "str", "repr", "int", "len", "range", "list", "dict"})
 _SETTERS = frozenset({"setattr", "delattr", "next"})
 
 
@@ -102,6 +103,8 @@ def _only_speaks(expr: Expr) -> bool:
         return True
     if expr.op != "call":
         return False
+    if _read(expr) <= _HARMLESS:
+        return True  # no name of the file's own in it
     root = _root(expr.args[0])
     speaks = ("print", "warnings", "logging", "logger", "sys")
     return root is not None and root.op == "name" and root.data in speaks

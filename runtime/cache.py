@@ -545,7 +545,13 @@ def cache_specs(model: Any) -> list[Spec | None]:
     the model file's own, which only a model that runs once per sequence can use."""
     if not hasattr(model, "make_cache"):
         return [KVCache() for _ in model.layers]
-    return [entry if is_spec(entry) else None for entry in model.make_cache()]
+    entries = list(model.make_cache())
+    specs = [entry for entry in entries if is_spec(entry)]
+    if len({id(spec) for spec in specs}) < len(specs):
+        raise RuntimeRefusal(
+            "make_cache returns one cache several times: expected a cache of its own for each entry"
+        )
+    return [entry if is_spec(entry) else None for entry in entries]
 
 
 def cache_retentions(model: Any) -> list[Retention]:

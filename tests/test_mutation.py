@@ -140,3 +140,7 @@ def test_state_outside_caches_runs_in_no_route(operator):
 
 def test_a_loop_that_ends_with_the_length_of_a_chunk_is_refused():
     never_wrong("llama", "layers-early-exit", MODEL)
+
+
+def test_one_cache_for_all_layers_is_refused():
+    never_wrong("stablelm", "make-cache-one", LOUD, MODEL)
