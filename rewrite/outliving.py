@@ -74,6 +74,14 @@ def patches(module: ModuleFacts) -> Iterator[Diagnostic]:
             stack += [part for body in node.bodies for part in body]
         elif isinstance(node, Class):
             stack += node.body
+            plain = [p for p in node.body if isinstance(p, Function) and not p.decorators]
+            names = [part.name for part in plain]
+            # Defined twice: the later one counts, and every reader has to know that.
+            yield from (
+                _patch(module, part)
+                for index, part in enumerate(plain)
+                if part.name in names[:index]
+            )
         elif isinstance(node, Assign):
             if all(target.op == "name" for target in node.targets):
                 continue

@@ -144,3 +144,7 @@ def test_a_loop_that_ends_with_the_length_of_a_chunk_is_refused():
 
 def test_one_cache_for_all_layers_is_refused():
     never_wrong("stablelm", "make-cache-one", LOUD, MODEL)
+
+
+def test_a_method_defined_twice_is_refused():
+    never_wrong("exaone", "overridden-twice", REFUSED)
