@@ -249,10 +249,17 @@ def device() -> str:
     return f"{launch.active()}, {info.get('device_name', 'unknown')}"
 
 
-def run(target: Path, quick: bool, seconds: float) -> None:
+def run(target: Path, quick: bool, seconds: float, known: Path | None) -> None:
     # Kernels that no case calls need not be compiled here.
     calls.prepare = lambda *args: None  # type: ignore[assignment]
-    begin, results = time.perf_counter(), []
+    begin = time.perf_counter()
+    results: list[dict[str, Any]] = (
+        [] if known is None else json.loads(known.read_text())["results"]
+    )
+    there = {identity(result) for result in results}
+    chosen = [case for case in cases(quick) if called(case) not in there]
+    if known is not None:  # as many shapes as time allows: the middle length first
+        chosen.sort(key=lambda case: called(case)[2] != 4096)
     made: dict[str, Any] = {
         "device": device(),
         "mlx": mx.__version__,
@@ -267,16 +274,34 @@ def run(target: Path, quick: bool, seconds: float) -> None:
         mx.clear_cache()
         print(line(result), flush=True)
 
-    for batch in (1, 32, 128):
+    for batch in (1, 32, 128) if known is None else ():
         keep(write(batch))
-    for case in cases(quick):
+    for case in chosen:
         if time.perf_counter() - begin > seconds:
             print("out of time")
             break
         keep(case())
 
 
-def cases(quick: bool) -> Iterator[Callable[[], dict[str, Any]]]:
+def identity(result: dict[str, Any]) -> tuple[Any, ...]:
+    """What a result was measured with: kind and arguments, the third of them a length."""
+    names = {
+        "decode": ("batch", "length", "heads", "dim", "mixed"),
+        "prefill": ("rows", "length", "heads", "dim", "decoding", "window"),
+    }.get(result["kind"], ("batch",))
+    found = (result["kind"], *(result[name] for name in names))
+    return tuple(tuple(part) if isinstance(part, list) else part for part in found)
+
+
+def called(case: partial[dict[str, Any]]) -> tuple[Any, ...]:
+    """The identity of the result that a case will give."""
+    if case.func is decode:
+        return ("decode", *case.args)
+    heads, dim, rows, length, decoding, window = (*case.args, None)[:6]
+    return ("prefill", rows, length, heads, dim, decoding, window)
+
+
+def cases(quick: bool) -> Iterator[partial[dict[str, Any]]]:
     """The grid, the most telling part first."""
     shapes = [(heads, dim) for dim in DIMS for heads in HEADS][: 1 if quick else None]
     for mixed in (False, True):
@@ -402,11 +427,12 @@ def main() -> None:
     parser.add_argument("action", choices=("run", "report"))
     parser.add_argument("file", type=Path)
     parser.add_argument("folder", type=Path, nargs="?", default=Path("docs"))
+    parser.add_argument("--known", type=Path, help="results to complete, of the same device")
     parser.add_argument("--quick", action="store_true", help="one kind of heads only")
     parser.add_argument("--seconds", type=float, default=400, help="begin no case after these")
     got = parser.parse_args()
     if got.action == "run":
-        run(got.file, got.quick, got.seconds)
+        run(got.file, got.quick, got.seconds, got.known)
     else:
         report(got.file, got.folder)
 

@@ -3,8 +3,8 @@
 libcst reads every file: it says whether the text is Python, whatever interpreter runs the compiler,
 and must print it back byte for byte. Places come from the standard library's `ast`, which has them
 in bytes at a tenth of the time that libcst's metadata takes; edits are byte spans, so nothing else
-of the concrete tree is needed. Parentheses are the one thing `ast` leaves out: they are looked up in
-the text, so that a span covers the parentheses around its expression.
+of the concrete tree is needed. Parentheses are the one thing `ast` leaves out: they are looked up
+in the text, so that a span covers the parentheses around its expression.
 """
 
 from __future__ import annotations
