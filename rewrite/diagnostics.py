@@ -9,6 +9,7 @@ SLUGS: dict[str, str] = {
     "syntax": "the file is not Python that can be read",
     "unreadable": "the file cannot be read",
     "changed": "a file changed while it was read",
+    "no-entry": "the model's entry class lacks a forward method, or one of its arguments",
     "no-kind": "a class mixes tokens in a way no kind recognises",
     "two-kinds": "more than one kind takes the class; this is a bug in mlxrewrite",
     "cache-class": "the model makes caches of a class the runtime does not know",

@@ -190,7 +190,11 @@ def _absent(folder: Path) -> None:
 
 
 def _other_version(folder: Path) -> None:
-    _manifest(folder, source_sha256="0" * 64, upstream="mlx-lm 0.1.0")
+    _manifest(folder, upstream="mlx-lm 0.1.0")
+
+
+def _other_source(folder: Path) -> None:
+    _manifest(folder, source_sha256="0" * 64)
 
 
 def _other_api(folder: Path) -> None:
@@ -215,7 +219,8 @@ def _manifest(folder: Path, **fields: object) -> None:
     [
         (_edited, "stale, or was edited"),
         (_absent, "is not rewritten"),
-        (_other_version, "another version"),
+        (_other_version, "was made from mlx-lm 0.1.0, and mlx-lm"),
+        (_other_source, "another version"),
         (_other_api, "runtime API 999"),
         (_no_manifest, "is not rewritten"),
         (_manifest_is_no_json, "is not a manifest"),
