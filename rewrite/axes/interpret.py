@@ -1030,6 +1030,8 @@ class Interpreter:
 
     def call_builtin(self, name: str, args: Sequence[Value], more: dict[str, Value]) -> Value:
         handler = getattr(self, f"_{name}", None)
+        if name not in _HOLDING and any(Opaque("mask") in options(a) for a in args):
+            self.mask_branch()
         if handler is not None and name in _BUILTINS:
             return self.each(lambda a, k: handler(*a, **k), args, more)
         if any(map(is_live, (*args, *more.values()))):
@@ -1697,6 +1699,8 @@ class Interpreter:
                 if isinstance(one, (Constant, Undefined)) or isinstance(two, (Constant, Undefined)):
                     outcomes.add(None)
                 elif NONE in (one, two) or (isinstance(one, Known) and isinstance(two, Known)):
+                    if Opaque("mask") in (one, two):
+                        self.mask_branch()
                     outcomes.add(one == two)
                 else:
                     outcomes.add(None)
@@ -1737,6 +1741,8 @@ class Interpreter:
             case CountTest():
                 return self.truth_of_count(value)
             case Opaque() | Instance() | Routine() | ClassValue() | Library() | Partial():
+                if value == Opaque("mask"):
+                    self.mask_branch()
                 return True if not isinstance(value, Library) or value.bound is None else None
             case Tuple(items=items):
                 return bool(items)
@@ -1746,16 +1752,28 @@ class Interpreter:
                 return bool(entries)
         return None
 
-    def truth_of_count(self, test: CountTest) -> bool:
-        if test.key is None:
-            self.refuse_test(test)
-        if test.key in self.assumed:
-            return self.assumed[test.key]
+    def mask_branch(self) -> None:
+        """Upstream makes no mask for a single token, so whether there is one tells how many there
+        are; only a recognised mixer may ask."""
+        owner = self.claimant()
+        if owner is None or owner.qualified not in self.claims:
+            raise Refused("token-branch", "whether a mask is made depends on the number of tokens")
+
+    def claimant(self) -> ClassValue | None:
+        """The innermost class around that was recognised as a mixer, else the outermost one."""
         owner = self.frame.owner
         for frame in reversed(self.frames):
             owner = frame.owner
             if owner is not None and owner.qualified in self.claims:
                 break
+        return owner
+
+    def truth_of_count(self, test: CountTest) -> bool:
+        if test.key is None:
+            self.refuse_test(test)
+        if test.key in self.assumed:
+            return self.assumed[test.key]
+        owner = self.claimant()
         if test.single is not None and owner is not None and owner.qualified in self.claims:
             kind = self.claims[owner.qualified]
             self.assume(f"both arms mean the same: `{owner.name}` was recognised as {kind}")
@@ -2589,6 +2607,7 @@ _BUILTINS = frozenset(
     "len range zip enumerate list tuple reversed iter next isinstance hasattr getattr setattr dict "
     "super sum callable print type map".split()
 )
+_HOLDING = frozenset("zip enumerate list tuple reversed iter next dict map".split())
 _UNARY: dict[str, Callable[[Any], Any]] = {
     "-": operator.neg,
     "+": operator.pos,
