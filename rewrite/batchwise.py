@@ -7,6 +7,8 @@ that has any of it runs once per sequence instead.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from .ir import Value
 from .match import Mixer, callee_name, every_value
 from .states import Reach
@@ -24,11 +26,41 @@ _MOVES = {"mlx.core.flatten": 1, "mlx.core.roll": 2}  # where their axis stands
 
 def joins_sequences(mixer: Mixer) -> Value | None:
     """A value, in what the class's forward may run, that depends on several sequences at once."""
+    file = mixer.program.modules[mixer.cls.module]
+    own = {id(method) for method in file.functions.values()}
+    own |= {id(method) for cls in file.classes.values() for method in cls.methods.values()}
     for method in Reach(mixer).methods:
-        for value in every_value(method):
+        values = list(every_value(method))
+        sizes = {id(size) for value in values for size in _launch_sizes(value)}
+        for value in values:
             if value.op == "call" and _joins(mixer, value):
                 return value
+            # Kernel launches are sized by it; shared functions of mlx_lm do no more with it.
+            counting = value.op in ("binary", "compare", "bool") and id(method) in own
+            counting = counting and id(value) not in sizes
+            if counting and _counts_sequences(value):
+                return value
     return None
+
+
+def _launch_sizes(value: Value) -> Iterator[Value]:
+    """What the grid of a kernel's launch is made of."""
+    if value.op == "call":
+        for keyword, given in zip(value.data, value.args[1:], strict=True):
+            if keyword == "grid":
+                yield from given.walk()
+
+
+def _counts_sequences(value: Value) -> bool:
+    """Arithmetic with the length of the first axis, or a test of it: there are several sequences
+    here where the original sees one. In a shape it does no harm."""
+    return any(
+        part.op in ("item", "index")
+        and part.args[0].op == "attr"
+        and part.args[0].data == "shape"
+        and (part.data == 0 or (part.op == "index" and part.args[1].data == 0))
+        for part in value.args
+    )
 
 
 def _joins(mixer: Mixer, call: Value) -> bool:

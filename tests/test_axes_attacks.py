@@ -80,6 +80,7 @@ ATTACKS = [
     Attack("arange of rows", "x = x + mx.arange(x.shape[0])[:, None, None]  # HERE", "length-dependent"),
     Attack("no mask for one token", "x = x * (2 if mask is None else 1)  # HERE", "token-branch"),
     Attack("a word as mask", "x = x * (2 if isinstance(mask, str) else 1)  # HERE", "token-branch"),
+    Attack("text of positions", "x = x * len(f'{cache.offset}')  # HERE", "token-branch"),
     Attack("masked by length", "keep = mx.arange(x.shape[1]) > 2  # HERE\nx = mx.where(keep[None, :, None], x, 0)", "position-special length-dependent"),
     Attack("convolution", "x = x + mx.conv1d(x, mx.ones((x.shape[2], 3, 1)), padding=1, groups=x.shape[2])  # HERE"),
     Attack("python values", "x = x * float(x.sum() > 0)  # HERE"),

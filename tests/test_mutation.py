@@ -53,7 +53,7 @@ def sample(config: str, count: int, seed: int) -> list[Row]:
     name = config.split("@", maxsplit=1)[0]
     file = File(name, library().text(name))
     chosen = list(mutants(library(), config, each=1, seed=seed))
-    chosen = random.Random(f"{seed} {config}").sample(chosen, count)
+    chosen = random.Random(f"{seed} {config}").sample(chosen, min(count, len(chosen)))
     return [Row.of(mutant, judge(config).of(mutant.texts(file)), file) for mutant in chosen]
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 from compiling import mlx_lm, model_names
-from mlxrewrite.ir import Assign, Class, Expr, For, Function, Source, Span
+from mlxrewrite.ir import Assign, Class, Expr, For, Function, Import, Source, Span
 from mlxrewrite.passes.parse import parse
 from mlxrewrite.pipeline import Compiler
 from mlxrewrite.sources import Package
@@ -56,6 +56,7 @@ def renamed(data: bytes, module: str) -> bytes:
         for n in c.body
         if isinstance(n, Assign) and n.targets[0].op == "name"
     }
+    imported = {n.alias for n in nodes if isinstance(n, Import) and n.alias is not None}
     changes: dict[int, bytes] = {}
     for node in nodes:
         if isinstance(node, Class) and node.name in classes:
@@ -63,6 +64,8 @@ def renamed(data: bytes, module: str) -> bytes:
         if isinstance(node, Expr) and node.op == "name" and node.data in classes:
             changes[node.span.end] = b"_9"
         if isinstance(node, Expr) and node.op == "attr" and node.data in attributes:
+            if root(node) in imported:  # `self.rope` is not `mx.fast.rope`
+                continue
             end = end_of_attribute(data, node)
             if end is not None:
                 changes[end] = b"_7"
@@ -75,6 +78,13 @@ def renamed(data: bytes, module: str) -> bytes:
     for end in sorted(changes, reverse=True):
         text = text[:end] + changes[end] + text[end:]
     return text
+
+
+def root(node: Expr) -> object:
+    """The name that a chain of attributes begins with."""
+    while node.op == "attr":
+        node = node.args[0]
+    return node.data if node.op == "name" else None
 
 
 def end_of_attribute(data: bytes, node: Expr) -> int | None:

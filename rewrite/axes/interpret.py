@@ -1382,8 +1382,8 @@ class Interpreter:
         return Known(expr.data)
 
     def e_string(self, expr: Expr) -> Value:
-        for part in expr.args:
-            self.value(part)
+        if any(is_live(self.value(part)) for part in expr.args):
+            raise Refused("token-branch", "text made of what tokens hold")
         return CONSTANT
 
     def e_attr(self, expr: Expr) -> Value:
