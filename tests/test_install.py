@@ -37,7 +37,8 @@ def test_the_wheel_holds_every_file_of_the_packages(wheel: Path) -> None:
         tracked = subprocess.run(
             ["git", "ls-files", folder], cwd=ROOT, check=True, capture_output=True, text=True
         ).stdout.split()
-        expected |= {f"{package}/{Path(name).relative_to(folder).as_posix()}" for name in tracked}
+        files = [Path(name).relative_to(folder) for name in tracked]
+        expected |= {f"{package}/{file.as_posix()}" for file in files if file.name[0] != "."}
     assert expected, "not a checkout"
     assert not expected - names
 
