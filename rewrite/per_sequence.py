@@ -16,14 +16,12 @@ def per_sequence(
     method = mixer.cls.methods.get("__call__")
     if method is None:
         return Miss(kind, 1, "the mixer is the class's own __call__")
-    span = method.function.def_span
     text = f"{kind} runs once per sequence, over that sequence's own cache"
     edits = (
         site_comment(mixer.source, method.function.span, text, kind),
         decorate(mixer.source, method, "per_sequence", kind),
     )
     site = Site("per_sequence", mixer.place(method.function.name_span))
-    del span
     return Match(
         kind,
         "per-sequence",
