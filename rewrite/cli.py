@@ -5,7 +5,6 @@ Exit 0: clean. 1: something differs, is refused, or does not agree. 2: an error.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -20,18 +19,10 @@ from .build import Built, build, diagnostic_json, with_siblings
 from .diagnostics import error, render
 from .passes.write import Difference, compare, write
 from .sources import Package, Request, SourceError, locate
+from .usage import Parser, UsageError
 
 DEFAULT_SOURCE = "mlx_lm.models"
 COMMANDS = ("explain", "verify", "generate", "serve", "kernels")
-
-
-class UsageError(Exception):
-    """A wrong call of the command: printed in one line, exit code 2."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (see `{self.prog} --help`)")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,7 +66,7 @@ class Options:
 
 
 def _rewrite_options(words: list[str]) -> Options:
-    parser = _Parser(
+    parser = Parser(
         prog="mlxrewrite",
         description="Rewrite model source for paged caches and ragged batches.",
         epilog=f"Sub-commands: {', '.join(COMMANDS)} (each has its own --help).",

@@ -6,24 +6,18 @@ import argparse
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from .cli import UsageError
 from .diagnostics import EXPLANATIONS, SLUGS
 from .sources import SourceError, locate
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (see `{self.prog} --help`)")
-
+from .usage import Parser, UsageError
 
 # --------------------------------------------------------------------------- explain
 
 
 def explain(words: Sequence[str]) -> int:
     """`explain MODEL|KIND|SLUG`: evidence of a match, what a kind is, what a refusal means."""
-    parser = _Parser(prog="mlxrewrite explain", description=explain.__doc__)
+    parser = Parser(prog="mlxrewrite explain", description=explain.__doc__)
     parser.add_argument("subject", metavar="MODEL|KIND|SLUG")
     subject = parser.parse_args(words).subject
     if subject in SLUGS:
@@ -85,7 +79,7 @@ def _explain_model(subject: str) -> int:
 
 def verify(words: Sequence[str]) -> int:
     """Compare the rewritten model with the original on random ragged schedules."""
-    parser = _Parser(prog="mlxrewrite verify", description=verify.__doc__)
+    parser = Parser(prog="mlxrewrite verify", description=verify.__doc__)
     add = parser.add_argument
     add("model", metavar="CONFIG.json|MODEL_DIR")
     add("--seed", type=int, default=0, help="of weights, prompts and schedules (default 0)")
@@ -130,7 +124,7 @@ def _taint(got: Any) -> int:
 
 def generate(words: Sequence[str]) -> int:
     """Generate text for several prompts at once with a rewritten model."""
-    parser = _Parser(prog="mlxrewrite generate", description=generate.__doc__)
+    parser = Parser(prog="mlxrewrite generate", description=generate.__doc__)
     add = parser.add_argument
     add("--model", required=True, metavar="DIR|REPO", help="a checkpoint as mlx_lm loads it")
     add("--prompt", action=_Asked, required=True, metavar="TEXT", help="may be given often")
@@ -277,7 +271,7 @@ def serve(words: Sequence[str]) -> int:
 
 def kernels(words: Sequence[str]) -> int:
     """`kernels list` names the specialisations; `kernels show SPEC` prints the Metal text."""
-    parser = _Parser(prog="mlxrewrite kernels", description=kernels.__doc__)
+    parser = Parser(prog="mlxrewrite kernels", description=kernels.__doc__)
     parser.add_argument("action", choices=("list", "show"))
     parser.add_argument("spec", nargs="?", metavar="SPEC")
     got = parser.parse_args(words)
