@@ -7,7 +7,7 @@ that has any of it runs once per sequence instead.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from .ir import Value
 from .match import Mixer, callee_name, every_value
@@ -31,16 +31,28 @@ def joins_sequences(mixer: Mixer) -> Value | None:
     own |= {id(method) for cls in file.classes.values() for method in cls.methods.values()}
     for method in Reach(mixer).methods:
         values = list(every_value(method))
-        sizes = {id(size) for value in values for size in _launch_sizes(value)}
-        for value in values:
-            if value.op == "call" and _joins(mixer, value):
-                return value
-            # Kernel launches are sized by it; shared functions of mlx_lm do no more with it.
-            counting = value.op in ("binary", "compare", "bool") and id(method) in own
-            counting = counting and id(value) not in sizes
-            if counting and _counts_sequences(value):
-                return value
+        joining = next((v for v in values if v.op == "call" and _joins(mixer, v)), None)
+        if joining is None and id(method) in own:
+            joining = _counting(values)
+        if joining is not None:
+            return joining
     return None
+
+
+def _counting(values: Sequence[Value]) -> Value | None:
+    """What computes with the number of sequences. Kernel launches are sized by it; shared
+    functions of mlx_lm, which are not asked, do no more with it."""
+    sizes = {id(size) for value in values for size in _launch_sizes(value)}
+    return next(
+        (
+            value
+            for value in values
+            if value.op in ("binary", "compare", "bool")
+            and id(value) not in sizes
+            and _counts_sequences(value)
+        ),
+        None,
+    )
 
 
 def _launch_sizes(value: Value) -> Iterator[Value]:

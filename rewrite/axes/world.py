@@ -77,7 +77,7 @@ def _bind(body: tuple[Stmt, ...], text: Text, *, outermost: bool) -> None:
     for statement in body:
         match statement:
             case Import():
-                for name, target in _imported(statement, text.module.source):
+                for name, target in imported(statement, text.module.source):
                     add(name, target)
             case Class() | Function():
                 add(statement.name, statement)
@@ -93,7 +93,7 @@ def _bind(body: tuple[Stmt, ...], text: Text, *, outermost: bool) -> None:
                     _bind(part, text, outermost=False)
 
 
-def _imported(statement: Import, source: Source) -> list[tuple[str, str]]:
+def imported(statement: Import, source: Source) -> list[tuple[str, str]]:
     if statement.alias is not None:
         if "." in statement.alias and statement.alias == statement.module:
             first = statement.module.split(".")[0]

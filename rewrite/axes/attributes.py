@@ -1,0 +1,228 @@
+"""Attributes read and set; what the forward keeps on the model must not change it."""
+
+from __future__ import annotations
+
+from ..ir import Expr
+from .classes import Classes
+from .domain import (
+    CONSTANT,
+    NONE,
+    ROWS,
+    UNDEFINED,
+    Array,
+    Choice,
+    ClassValue,
+    Constant,
+    Count,
+    CountTest,
+    Dead,
+    Instance,
+    Items,
+    Iterable_,
+    Known,
+    Library,
+    Opaque,
+    OpenShape,
+    Partial,
+    Refused,
+    Routine,
+    Super,
+    Table,
+    Tuple,
+    Undefined,
+    Value,
+    feature,
+    is_live,
+    join,
+    options,
+)
+from .rules import RULES
+from .terms import termed
+
+
+class Attributes(Classes):
+    def attribute(self, base: Value, name: str) -> Value:
+        match base:
+            case Choice(options=several):
+                return self.join_calls(lambda one: self.attribute(one, name), several)
+            case Array():
+                return self.array_attribute(base, name)
+            case Instance():
+                return self.instance_attribute(base, name)
+            case Super(this=this, owner=owner):
+                return self.super_attribute(this, owner, name)
+            case ClassValue():
+                return self.class_attribute(base, name)
+            case Library(bound=None):
+                return self.dotted(f"{base.name}.{name}")
+            case Library(name="at."):
+                return Library(f"at.{name}", base.bound)
+            case Opaque(kind="cache"):
+                if name == "offset":
+                    return Array(((ROWS,),), tag=("start",))
+                if name in ("keys", "values"):
+                    return Opaque("pages")  # what mx.depends ties to the end of a pipeline
+                if name == "start_position":
+                    return Opaque("first position kept")
+                return Library(f"opaque.{name}", base)
+            case Opaque(kind="handle") if name == "dtype":
+                return CONSTANT
+            case Opaque(kind="handle") if name == "shape":
+                end = Array(((ROWS,),), tag=("end",))
+                return Tuple((Count((ROWS,)), CONSTANT, end, CONSTANT))
+            case Opaque(kind=kind):
+                raise Refused("cache-use", f"`.{name}` of a {kind}")
+            case Items() | Tuple() | Iterable_() | OpenShape():
+                return Library(f"items.{name}", base)
+            case Table():
+                return Library(f"table.{name}", base)
+            case Known(value=None) | Undefined():
+                raise Dead
+            case Constant(key=key):
+                return Constant((key, name)) if key is not None else CONSTANT
+            case Partial() | Routine():
+                if name in ("__name__", "__call__"):
+                    return base if name == "__call__" else CONSTANT
+                return CONSTANT
+            case Count() | CountTest():
+                raise Refused("token-count", "a number of tokens is used as data")
+        return CONSTANT
+
+    def array_attribute(self, base: Array, name: str) -> Value:
+        if name == "shape":
+            if base.axes is None:
+                return Iterable_(CONSTANT)
+            entries = tuple(self.shape_entry(base, i) for i in range(len(base.axes)))
+            return OpenShape(entries) if base.open else Tuple(entries)
+        if name == "size":
+            if not base.live:
+                return CONSTANT
+            factors = tuple(f for axis in base.axes or () for f in axis)
+            return Count(tuple(f for f in factors if f.is_token), ("size",), True)
+        if name == "ndim":
+            return Known(len(base.axes)) if base.axes is not None and not base.open else CONSTANT
+        if name in ("dtype", "itemsize", "nbytes"):
+            return Constant((name, base.term)) if base.term is not None else CONSTANT
+        if name == "T":
+            return self.apply(RULES["transpose"], (base,), {})
+        if name == "at":
+            return Library("at", base)
+        return Library(f"array.{name}", base)
+
+    def shape_entry(self, x: Array, place: int) -> Value:
+        assert x.axes is not None
+        axis = x.axes[place]
+        held = tuple(f for f in axis if f.is_token)
+        rest = [f for f in axis if not f.is_token]
+        if not held:
+            if not axis:
+                return Known(1)
+            key = rest[0].size if len(rest) == 1 else None
+            return Known(key) if isinstance(key, int) else Constant(key)
+        if not rest:
+            return Count(held)
+        return Count(held, ("sizes", tuple(f.size for f in rest)), exact=len(rest) == 1)
+
+    def instance_attribute(self, base: Instance, name: str) -> Value:
+        if self.forward and not base.forward:
+            self.reads.add((id(base), name))
+        found = base.attributes.get(name)
+        if found is not None:
+            return self.held(base, name, found)
+        if base.cls is not None:
+            member = self.member(base.cls, name)
+            if member is not None:
+                return self.bound_member(base, *member)
+        if base.layer and name in ("weight", "bias", "scales", "biases"):
+            rank = 1 if name == "bias" or base.layer.endswith("Norm") else 2
+            return self.held(base, name, Array((feature(),) * rank))
+        if name == "training":
+            return Known(False)
+        return Library(f"layer.{name}", base)
+
+    def held(self, base: Instance, name: str, value: Value) -> Value:
+        """A value of an object, known by whose it is while both ways of a branch are compared."""
+        if self.unmemoised and isinstance(value, Array) and value.term is None:
+            return termed(value, ("held", id(base), name))
+        if isinstance(value, Constant) and value.key is None:
+            return Constant(("held", id(base), name))
+        return value
+
+    def super_attribute(self, this: Value, owner: ClassValue, name: str) -> Value:
+        if isinstance(this, Instance) and this.cls is not None:
+            member = self.member(this.cls, name, after=owner)
+            if member is not None:
+                return self.bound_member(this, *member)
+            if name == "__init__":
+                return Library("builtins.object")
+            return Library(f"layer.{name}", this)
+        return CONSTANT
+
+    def class_attribute(self, base: ClassValue, name: str) -> Value:
+        member = self.member(base, name)
+        if member is None:
+            return CONSTANT
+        owner, syntax = member
+        if isinstance(syntax, Expr):
+            with self.setup(owner.module):
+                return self.value(syntax)
+        if any(d.op == "name" and d.data == "classmethod" for d in syntax.decorators):
+            return Routine(owner.module, syntax, None, base, owner)
+        return Routine(owner.module, syntax, None, None, owner)
+
+    def store_attribute(self, base: Value, name: str, value: Value, expr: Expr | None) -> None:
+        if isinstance(base, Choice):
+            for option in base.options:
+                if isinstance(option, Instance) and (self.forward and not option.forward):
+                    self.store_attribute(option, name, value, expr)
+                elif isinstance(option, Instance):
+                    held = option.attributes.get(name, UNDEFINED)
+                    option.attributes[name] = join(held, value)
+                elif option != NONE:
+                    self.store_attribute(option, name, value, expr)
+            return
+        if isinstance(base, Instance):
+            if self.forward and not base.forward:
+                self.store_on_model(base, name, value, expr)
+                return
+            old = base.attributes.get(name)
+            sure = base.depth == self.depth or old is None
+            base.attributes[name] = value if sure or old is None else join(old, value)
+        elif isinstance(base, Opaque):
+            if value != Opaque("pages"):
+                raise Refused("cache-use", f"`.{name}` of a cache is set")
+        elif self.forward:
+            raise Refused("state-on-self", f"`.{name}` of something shared is set")
+
+    def store_on_model(self, base: Instance, name: str, value: Value, expr: Expr | None) -> None:
+        """What the forward keeps on the model must be the same whenever it is kept."""
+        old = base.attributes.get(name, NONE)
+        if is_live(value):
+            raise Refused(
+                "state-on-self", f"`.{name}` keeps what tokens hold for the next call", "a cache"
+            )
+        again = (id(base), name) in self.reads
+        number = any(isinstance(v, (Known, Constant)) for v in options(value))
+        first = not number and any(_mentions(test, name) for test in self.tests)
+        if again and not first and not (expr is not None and _settles(expr, name)):
+            raise Refused("state-on-self", f"`.{name}` changes from call to call", "a cache")
+        self.assume(f"`.{name}` is computed from the weights alone and kept on the model")
+        base.attributes[name] = join(old, value) if old != NONE else value
+        self.memo.clear()
+
+
+def _mentions(expr: Expr, name: str) -> bool:
+    if expr.op in ("attr", "const") and expr.data == name:
+        return True
+    return any(_mentions(part, name) for part in expr.args)
+
+
+def _settles(expr: Expr, name: str) -> bool:
+    """Applied twice it does what it does once: a cast or a clip of the attribute itself."""
+    if expr.op != "call":
+        return not _mentions(expr, name)
+    callee = expr.args[0]
+    if callee.op == "attr" and callee.data in ("astype", "clip"):
+        inside = [callee.args[0], *expr.args[1:]]
+        return all(part.op in ("attr", "name", "const", "unary") for part in inside)
+    return False

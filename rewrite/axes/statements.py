@@ -1,0 +1,240 @@
+"""Statements, and what assignments bind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..ir import (
+    Assign,
+    AugAssign,
+    Block,
+    Class,
+    Evaluate,
+    Expr,
+    For,
+    Function,
+    If,
+    Import,
+    Return,
+    Simple,
+    Stmt,
+    While,
+)
+from .domain import (
+    CONSTANT,
+    NONE,
+    Array,
+    Choice,
+    ClassValue,
+    Dead,
+    Instance,
+    Items,
+    OpenShape,
+    Refused,
+    Undefined,
+    Value,
+    choice,
+    options,
+)
+from .loops import Loops
+from .operators import Operators
+from .subscripts import Subscripts
+from .world import imported
+
+
+class Statements(Loops, Subscripts, Operators):
+    def block(self, body: Sequence[Stmt]) -> bool:
+        """Run statements in order; True if control never gets past them."""
+        frames, depth, forward = len(self.frames), self.depth, self.forward
+        for statement in body:
+            try:
+                if self.statement(statement):
+                    return True
+            except Dead:
+                del self.frames[frames:]
+                self.depth, self.forward = depth, forward
+                return True
+        return False
+
+    def statement(self, statement: Stmt) -> bool:
+        match statement:
+            case Assign(targets=targets, value=expr):
+                if expr is not None:
+                    value = self.value(expr)
+                    for target in targets:
+                        self.assign(target, value, expr)
+            case AugAssign():
+                self.augment(statement)
+            case Evaluate(value=expr):
+                self.value(expr)
+            case Return(value=expr):
+                value = self.value(expr) if expr is not None else NONE
+                frame = self.frame
+                if isinstance(frame.returns, Undefined):
+                    frame.returns = value
+                else:
+                    ends = [{"": frame.returns}, {"": value}]
+                    frame.returns = self.met(ends, statement.span)[""]
+                return True
+            case If():
+                return self.branch(statement)
+            case For():
+                return self.for_loop(statement)
+            case While():
+                return self.while_loop(statement)
+            case Block(heads=heads, bodies=bodies):
+                return self.guarded(statement.keyword, heads, bodies)
+            case Function():
+                made = self.decorated(statement, self.frame.scope.module, None, None)
+                self.frame.scope.names[statement.name] = made
+            case Class():
+                made = ClassValue(self.frame.scope.module, statement)
+                self.frame.scope.names[statement.name] = made
+            case Import():
+                self.local_import(statement)
+            case Simple():
+                return self.simple(statement)
+        return False
+
+    def local_import(self, statement: Import) -> None:
+        text = self.world.text(self.frame.scope.module)
+        assert text is not None
+        for name, target in imported(statement, text.module.source):
+            self.frame.scope.names[name] = self.dotted(target)
+
+    def simple(self, statement: Simple) -> bool:
+        match statement.keyword:
+            case "raise":
+                return True
+            case "break":
+                self.frame.breaks.append(dict(self.frame.scope.names))
+                return True
+            case "continue":
+                self.frame.continues.append(dict(self.frame.scope.names))
+                return True
+            case "global" | "nonlocal":
+                self.frame.scope.outer |= {part.data for part in statement.args}
+                text = self.world.text(self.frame.scope.module)
+                if text is not None and self.forward:
+                    words = text.module.source.text(statement.span).replace(",", " ").split()[1:]
+                    self.frame.scope.outer |= set(words)
+            case "match" if self.forward:
+                self.frame.where = statement.span
+                raise Refused("unknown-operation", "a match statement")
+            case "assert":
+                for part in statement.args[:1]:
+                    self.value(part)
+        return False
+
+    def assign(self, target: Expr, value: Value, expr: Expr | None) -> None:
+        match target.op:
+            case "name":
+                scope = self.frame.scope
+                if target.data in scope.outer and self.forward:
+                    self.at(target)
+                    raise Refused("state-on-self", f"`{target.data}` of an enclosing scope is set")
+                scope.names[target.data] = value
+                held = expr is not None and expr.op in ("name", "attr", "subscript")
+                (scope.aliases.add if held else scope.aliases.discard)(target.data)
+            case "tuple" | "list":
+                self.unpack(target, value)
+            case "attr":
+                base = self.value(target.args[0])
+                self.at(target)
+                self.store_attribute(base, target.data, value, expr)
+            case "subscript":
+                self.store_subscript(target, value)
+            case "star":
+                self.assign(target.args[0], value, None)
+
+    def unpack(self, target: Expr, value: Value) -> None:
+        self.at(target)
+        if isinstance(value, Choice):
+            parts_: list[list[Value]] = []
+            for option in value.options:
+                try:
+                    parts_.append(self.unpacked(target, option))
+                except Dead:
+                    continue
+            if not parts_:
+                raise Dead
+            found = [choice(several) for several in zip(*parts_, strict=True)]
+        else:
+            found = self.unpacked(target, value)
+        for part, item in zip(target.args, found, strict=True):
+            self.assign(part, item, None)
+
+    def unpacked(self, target: Expr, value: Value) -> list[Value]:
+        names = target.args
+        star = next((i for i, part in enumerate(names) if part.op == "star"), None)
+        known = self.known_items(value)
+        if isinstance(value, OpenShape) and star is None:
+            if len(names) < len(value.head):
+                raise Dead
+            return [*value.head, *[CONSTANT] * (len(names) - len(value.head))]
+        if known is not None:
+            if star is None:
+                if len(known) != len(names):
+                    raise Dead
+                return known
+            after = len(names) - star - 1
+            if len(known) < len(names) - 1:
+                raise Dead
+            middle = known[star : len(known) - after]
+            return [*known[:star], self.items(middle), *known[len(known) - after :]]
+        if isinstance(value, OpenShape):
+            raise Refused("unknown-operation", "part of a shape of unknown length")
+        element = self.element(value)
+        return [self.items(None, element) if part.op == "star" else element for part in names]
+
+    def augment(self, statement: AugAssign) -> None:
+        target = statement.target
+        current = self.value(target)
+        value = self.value(statement.value)
+        self.frame.where = statement.span
+        for one in options(current):
+            if isinstance(one, Array) and one.tag[:1] == ("start",):
+                raise Refused(
+                    "position-special",
+                    "the positions, which all layers share, are changed in place",
+                )
+            if isinstance(one, Array) and not one.live and self.forward:
+                held = target.op != "name" or target.data in self.frame.scope.aliases
+                if held:
+                    raise Refused("state-on-self", "a weight is changed by the forward pass")
+            if isinstance(one, Items) and statement.operator == "+":
+                self.call_items(one, "extend", (value,))
+                return
+        if target.op == "attr" and self.forward:
+            base = self.value(target.args[0])
+            if not all(isinstance(b, Instance) and b.forward for b in options(base)):
+                raise Refused("state-on-self", f"`.{target.data}` changes from call to call")
+        result = self.binary(statement.operator, current, value)
+        self.assign(target, result, None)
+
+    def branch(self, statement: If) -> bool:
+        test = self.value(statement.test)
+        self.frame.where = statement.test.span
+        known = self.truth(test)
+        scope = self.frame.scope
+        before = scope.names
+        if known is not None:
+            scope.names = self.narrowed(statement.test, known, before)
+            self.tests.append(statement.test)
+            ended = self.block(statement.body if known else statement.orelse)
+            self.tests.pop()
+            return ended
+        ends: list[dict[str, Value]] = []
+        self.depth += 1
+        self.tests.append(statement.test)
+        for held, body in ((True, statement.body), (False, statement.orelse)):
+            scope.names = self.narrowed(statement.test, held, before)
+            if not self.block(body):
+                ends.append(scope.names)
+        self.tests.pop()
+        self.depth -= 1
+        if not ends:
+            scope.names = before
+            return True
+        scope.names = self.met(ends, statement.test.span)
+        return False
