@@ -105,9 +105,7 @@ def _softmax_layer(c: Context, layer: Instance, x: Value) -> Value:
 
 
 LAYERS: dict[str, tuple[Layer, str]] = {
-    **dict.fromkeys(
-        ("Linear", "QuantizedLinear", "Bilinear"), (_linear, "a product over the last axis")
-    ),
+    **dict.fromkeys(("Linear", "QuantizedLinear"), (_linear, "a product over the last axis")),
     **dict.fromkeys(("Embedding", "QuantizedEmbedding"), (_embedding, "a table looked up by id")),
     **dict.fromkeys(("RMSNorm", "LayerNorm"), (_over_last, "a mean over the last axis")),
     **dict.fromkeys(

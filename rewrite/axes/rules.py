@@ -530,7 +530,7 @@ def array_(c: Context, value: Value, *rest: Value, **more: Value) -> Value:
 
 
 @rule("the same axes with another type, place or gradient", "astype", "stop_gradient", "contiguous",
-      "copy", "depends", "as_strided_copy")  # fmt: skip
+      "depends")  # fmt: skip
 def same_axes(c: Context, a: Value, *rest: Value, **more: Value) -> Value:
     return array(a)
 
