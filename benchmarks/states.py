@@ -20,8 +20,11 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
+from mlx_lm.models import rwkv7
+from mlx_lm.models.bailing_hybrid import recurrent_gla
 from mlx_lm.models.gated_delta import gated_delta_update
 from mlx_lm.models.ssm import ssm_update
 from mlxrewrite.kernels import launch
@@ -41,7 +44,8 @@ class Shape:
     value_dim: int
 
     def tiny(self) -> Shape:
-        return Shape(self.label, 1, 2, 32, 16)
+        heads = 2 if self.key_heads == self.value_heads else 1
+        return Shape(self.label, heads, 2, 32, 32)
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,8 @@ class Row:
 
 DELTA = Shape("gated delta, one decay a head (Qwen3-Next)", 16, 32, 128, 128)
 KIMI = Shape("gated delta, a decay a channel (Kimi Linear)", 32, 32, 128, 128)
+WKV = Shape("diagonal plus low rank (RWKV-7 7.2b)", 64, 64, 64, 64)
+GLA = Shape("lightning attention (Ring-flash-linear-2.0)", 32, 32, 128, 128)
 DUAL = Shape("state space dual (Mamba-2 2.7b)", 1, 80, 128, 64)
 
 
@@ -113,6 +119,62 @@ def dual_steps(shape: Shape, dtype: mx.Dtype) -> dict[str, Step]:
         return ssm_update(*make(count, length), state)
 
     return {"ours": ours, "theirs": theirs}
+
+
+def wkv_steps(shape: Shape, dtype: mx.Dtype) -> dict[str, Step]:
+    args = rwkv7.ModelArgs(
+        "rwkv7", 8, shape.value_heads * shape.key_dim, 8, 1e-5, shape.key_dim, 1, 8, 8, 8, 8
+    )
+    mixer = rwkv7.Rwkv7TimeMixing(args, 0)
+    op = recurrences.low_rank_scan("r", "w", "k", "v", "a", "b", "state")
+    replaced = op(rwkv7.Rwkv7TimeMixing._wkv7)
+    rows: dict[tuple[int, int], list[mx.array]] = {}
+
+    def make(count: int, length: int) -> list[mx.array]:
+        if (count, length) not in rows:
+            heads = count, length, shape.value_heads, shape.key_dim
+            r, k, v, kappa = (mx.random.normal(heads) / shape.key_dim**0.5 for _ in range(4))
+            kappa = kappa / mx.linalg.norm(kappa, axis=-1, keepdims=True)
+            w = mx.exp(-0.606531 * mx.random.uniform(shape=heads))
+            made = (r, w, k, v, -kappa, kappa * mx.random.uniform(shape=heads))
+            rows[count, length] = [x.astype(dtype) for x in made]
+            mx.eval(rows[count, length])
+        return rows[count, length]
+
+    def ours(state: mx.array | None, count: int, length: int) -> tuple[mx.array, mx.array]:
+        return replaced(mixer, *make(count, length), state)
+
+    def theirs(state: mx.array | None, count: int, length: int) -> tuple[mx.array, mx.array]:
+        return mixer._wkv7(*make(count, length), state)
+
+    return {"ours": ours, "theirs": theirs}
+
+
+def gla_steps(shape: Shape, dtype: mx.Dtype) -> dict[str, Step]:
+    """States are [N, H, Dk, Dv] in both, as the model file has them; Dk is Dv."""
+    names = ("q", "k", "v", "g", "scale", "h")
+    replaced = recurrences.lightning_scan(*names, compared=True)(recurrent_gla)
+    decay = -(2.0 ** (-8 * mx.arange(1, shape.value_heads + 1) / shape.value_heads))
+    rows: dict[tuple[int, int], list[mx.array]] = {}
+
+    def make(count: int, length: int) -> list[mx.array]:
+        if (count, length) not in rows:
+            heads = count, shape.value_heads, length, shape.key_dim
+            q, k = (mx.random.normal(heads) for _ in range(2))
+            v = mx.random.normal((*heads[:3], shape.value_dim))
+            rows[count, length] = [x.astype(dtype) for x in (q, k, v)]
+            mx.eval(rows[count, length])
+        return rows[count, length]
+
+    def side(function: Callable[..., Any]) -> Step:
+        def run(state: mx.array | None, count: int, length: int) -> tuple[mx.array, mx.array]:
+            scale = shape.key_dim**-0.5
+            y, last = function(*make(count, length), decay, scale=scale, h=state)
+            return y, last
+
+        return run
+
+    return {"ours": side(replaced), "theirs": side(recurrent_gla)}
 
 
 def timed(run: Callable[[], list[mx.array]]) -> float:
@@ -187,12 +249,16 @@ def measure(*, tiny: bool, rounds: int) -> list[Row]:
     count, length, chain = (3, 70, 2) if tiny else (64, 4096, 20)
     dtype = mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16
     rows = []
-    for whole, kind in ((DELTA, "delta"), (KIMI, "kimi"), (DUAL, "dual")):
+    made: tuple[tuple[Shape, Callable[[Shape], dict[str, Step]]], ...] = (
+        (DELTA, lambda shape: delta_steps(shape, dtype, per_channel=False)),
+        (KIMI, lambda shape: delta_steps(shape, dtype, per_channel=True)),
+        (DUAL, lambda shape: dual_steps(shape, dtype)),
+        (WKV, lambda shape: wkv_steps(shape, dtype)),
+        (GLA, lambda shape: gla_steps(shape, dtype)),
+    )
+    for whole, make in made:
         shape = whole.tiny() if tiny else whole
-        if kind == "dual":
-            steps = dual_steps(shape, dtype)
-        else:
-            steps = delta_steps(shape, dtype, per_channel=kind == "kimi")
+        steps = make(shape)
         rows.append(decode(shape, steps, count, chain, rounds))
         rows.append(prefill(shape, steps, length, min(rounds, 3)))
     return rows

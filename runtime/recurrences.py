@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx import nn
-from mlxrewrite.kernels import delta, linear, scan
+from mlxrewrite.kernels import delta, linear, low_rank, scan
 from mlxrewrite.kernels.depthwise import MOST_TAPS, depthwise
 
-__all__ = ["convolve", "delta_rule", "diagonal_scan", "lightning_scan", "state_space_dual"]
+from .errors import RuntimeRefusal
+
+__all__ = [
+    "convolve",
+    "delta_rule",
+    "diagonal_scan",
+    "lightning_scan",
+    "low_rank_scan",
+    "state_space_dual",
+]
 
 
 def convolve(x: mx.array, module: Any) -> mx.array:
@@ -93,13 +103,16 @@ def diagonal_scan(x: str, a: str, h: str) -> Callable[[_Function], _Function]:
 
 
 def lightning_scan(
-    q: str, k: str, v: str, g: str, scale: str, h: str
+    q: str, k: str, v: str, g: str, scale: str, h: str, *, compared: bool = False
 ) -> Callable[[_Function], _Function]:
-    """In place of a function that computes h <- h e^g + k^T v, y = scale q h token by token.
+    """In place of a function that computes h <- h e^g + k^T v, y = scale q h.
 
     The arguments are the function's names of q, k [N, H, L, K], v [N, H, L, V], g [H], the scale
     and the state [N, H, K, V] before the first token, None for zeros. It returns y [N, H, L, V] in
     the type of q, and the last state in float32.
+
+    `compared`: the function was recognised by how it takes one token. What it does with more is
+    compared with the recurrence when it is first called.
     """
 
     def run(given: dict[str, Any]) -> tuple[mx.array, mx.array]:
@@ -111,24 +124,116 @@ def lightning_scan(
         y, state = linear.linear_rule(queries * given[scale], keys, values, decay, state)
         return y.swapaxes(1, 2).astype(given[q].dtype), state.swapaxes(-1, -2)
 
+    names = (q, k, v, g, scale, h)
+    compare = functools.partial(compare_lightning, names) if compared else None
+    return _replaced(run, compare, names)
+
+
+def low_rank_scan(
+    r: str, w: str, k: str, v: str, a: str, b: str, h: str
+) -> Callable[[_Function], _Function]:
+    """In place of a function that computes h <- h diag(w) + (h a) b^T + v k^T, y = h r.
+
+    The arguments are the function's names of r, w, k, v, a and b [N, L, H, D] and of the state
+    [N, H, D, D] before the first token, None for zeros. It returns y [N, L, H, D, 1] in the type of
+    r, and the last state in float32.
+    """
+
+    def run(given: dict[str, Any]) -> tuple[mx.array, mx.array]:
+        rows = given[r], given[w], given[k], given[v], given[a], given[b]
+        if any(x.ndim != 4 for x in rows):
+            shapes = ", ".join(str(list(x.shape)) for x in rows)
+            raise TypeError(f"expected rows [N, L, heads, width], got {shapes}")
+        y, state = low_rank.low_rank_rule(*rows, given[h])
+        return y[..., None], state
+
     return _replaced(run)
 
 
-def _replaced(run: Callable[[dict[str, Any]], Any]) -> Callable[[_Function], _Function]:
-    """A decorator: the function's arguments, by its own names, go to `run`."""
+def _replaced(
+    run: Callable[[dict[str, Any]], Any],
+    compare: Callable[[_Function, dict[str, Any], dict[str, Any]], None] | None = None,
+    names: Sequence[str] = (),
+) -> Callable[[_Function], _Function]:
+    """A decorator: the function's arguments, by its own names, go to `run`.
+
+    `compare` gets the function, the arguments with the `names` and all others; it is called when
+    those others, which must be plain Python values, are met for the first time.
+    """
 
     def decorator(function: _Function) -> _Function:
         signature = inspect.signature(function)
+        compared: set[tuple[tuple[str, Any], ...]] = set()
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
+            if compare is not None:
+                others = {n: value for n, value in bound.arguments.items() if n not in names}
+                if (key := _plain_values(function, others)) not in compared:
+                    compare(function, bound.arguments, others)
+                    compared.add(key)
             return run(bound.arguments)
 
         return call
 
     return decorator
+
+
+def _plain_values(function: _Function, others: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    for name, value in others.items():
+        if not isinstance(value, None | bool | int | float | str):
+            raise TypeError(
+                f"{function.__qualname__}: the recurrence that stands for it was given "
+                f"`{name}`, a {type(value).__name__}: a ragged batch has no padding to tell of"
+            )
+    return tuple(sorted(others.items()))
+
+
+# Lengths below, at and behind the ends of chunks that files have.
+_LENGTHS = (2, 64, 129, 300)
+_DIFFERENCE = 1e-4
+
+
+def compare_lightning(
+    names: tuple[str, ...],
+    function: _Function,
+    given: dict[str, Any],
+    others: dict[str, Any],
+) -> None:
+    """Raise RuntimeRefusal if a function is not the recurrence that it was taken for.
+
+    It runs on random rows of the widths of `given`, in float32 on the CPU, with and without a state
+    and for several lengths; the recurrence is worked out token by token in float64.
+    """
+    rng = np.random.default_rng(0)
+    width, value_width = given[names[0]].shape[-1], given[names[2]].shape[-1]
+    heads, scale = 2, 0.5
+    decay = -rng.uniform(0.005, 0.7, heads)
+    for length in _LENGTHS:
+        q, k = (rng.standard_normal((1, heads, length, width)) for _ in range(2))
+        v = rng.standard_normal((1, heads, length, value_width))
+        for start in (None, rng.standard_normal((1, heads, width, value_width))):
+            h, wanted = np.zeros((1, heads, width, value_width)) if start is None else start, []
+            for t in range(length):
+                h = h * np.exp(decay)[:, None, None] + k[:, :, t, :, None] * v[:, :, t, None]
+                wanted.append(scale * (q[:, :, t, None] @ h))
+            with mx.stream(mx.cpu):
+                arrays = (mx.array(x, mx.float32) for x in (q, k, v, decay))
+                state = None if start is None else mx.array(start, mx.float32)
+                values = dict(zip(names, (*arrays, scale, state), strict=True))
+                y, last = function(**values, **others)
+                mx.eval(y, last)
+            for got, want in ((y, np.concatenate(wanted, axis=2)), (last, h)):
+                found = np.array(got.astype(mx.float32))
+                limit = _DIFFERENCE * np.abs(want).max()
+                if found.shape != want.shape or not np.abs(found - want).max() <= limit:
+                    raise RuntimeRefusal(
+                        f"{function.__qualname__} is not what it was taken for: {length} tokens "
+                        "differ from h <- h e^g + k^T v, y = scale q h, taken one by one. Please "
+                        "report the model file; its original runs in mlx_lm"
+                    )
 
 
 def _no_padding(mask: mx.array | None) -> None:

@@ -11,6 +11,7 @@ import os
 from dataclasses import replace
 
 import kernel_cases as cases
+import low_rank_cases
 
 # MLX's own products of float32 round to tf32 on CUDA unless told not to; it reads this once.
 os.environ["MLX_ENABLE_TF32"] = "0"
@@ -18,7 +19,7 @@ os.environ["MLX_ENABLE_TF32"] = "0"
 import mlx.core as mx
 import pytest
 from kernel_cases import TOLERANCE, Case
-from mlxrewrite.kernels import calls, launch, ops, policy
+from mlxrewrite.kernels import calls, launch, low_rank, ops, policy
 from mlxrewrite.kernels.ops import Ragged
 
 WANTED = os.environ.get("MLXREWRITE_BACKEND")
@@ -167,3 +168,24 @@ def test_preparing(banded, monkeypatch):
     layer = ops.AttentionSpec(64, 64, 8, 2, 16, "float16", "float16", sinks=True)
     calls.prepare(layer, banded, launch.active())
     mx.synchronize()
+
+
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("length", [1, 2, 65, 300])
+@pytest.mark.parametrize("width", [32, 64, 128, 256])
+@pytest.mark.parametrize("dtype", sorted(low_rank_cases.TOLERANCE))
+def test_low_rank_states(dtype, width, length, hard):
+    """One token by the kernel, more by chunks; decays of 0 among the hard ones."""
+    case = low_rank_cases.Case(3, length, 4, width, 64, dtype, hard)
+    arrays = case.arrays()
+    want, last = low_rank_cases.exact(arrays)
+    y, state = low_rank.low_rank_rule(*arrays)
+    assert low_rank_cases.error(y, want) < low_rank_cases.TOLERANCE[dtype]
+    assert low_rank_cases.error(state, last) < 4e-6
+
+
+def test_low_rank_states_of_many_sequences():
+    arrays = low_rank_cases.Case(64, 1, 32, 64, 64, "bfloat16").arrays()
+    want, last = low_rank_cases.exact(arrays)
+    y, state = low_rank.low_rank_rule(*arrays)
+    assert low_rank_cases.error(y, want) < 6e-3 and low_rank_cases.error(state, last) < 4e-6

@@ -3,12 +3,15 @@
 Matches     a class that joins its cached last token with all but the last of its input, with or
             without a matrix state scanned over tokens. RWKV-7, arXiv 2503.14456.
 Refuses     convolutions (short_conv) and joins along the features.
-Becomes     the original code, once for all sequences with equally many rows.
+Becomes     the original code, once for all sequences with equally many rows; a scan that is
+            h <- h diag(w) + (h a) b^T + v k^T, y = h r, and nothing else, is an op
+            (`low_rank_scan`).
 """
 
 from __future__ import annotations
 
 from ..ir import Match, Miss
+from ..low_rank import low_rank_scans
 from ..match import Mixer
 from ..per_length import per_length
 from ..states import Reach
@@ -29,7 +32,7 @@ def match(mixer: Mixer) -> Match | Miss:
         return Miss(NAME, 2, "the last token joined with all but the last of the input")
     features = ("matrix state",) if reach.token_loops() else ()
     evidence = [mixer.evidence("state stored", effect) for effect in mixer.state_stores]
-    return per_length(mixer, NAME, evidence, features)
+    return per_length(mixer, NAME, evidence, features, low_rank_scans(mixer, NAME))
 
 
 _SHIFT = """
@@ -47,7 +50,67 @@ class Mix(nn.Module):
         return self.proj(x + before)
 """
 
-ACCEPTS = (Example("Mix", _SHIFT, "gathered"),)
+_MATRIX = """
+from functools import partial
+
+import mlx.core as mx
+import mlx.nn as nn
+
+@partial(mx.compile, shapeless=True)
+def one(query, keep, key, value, read, write, held):
+    turned = (held @ read[..., None]) @ write[..., None, :]
+    held = held * keep[:, :, None, :] + value[..., None] @ key[..., None, :] + turned
+    return held @ query[..., None], held
+
+class Mix(nn.Module):
+    def __init__(self, args):
+        super().__init__()
+        self.heads = args.heads
+        self.proj = nn.Linear(args.width, 6 * args.width)
+
+    def walk(self, query, keep, key, value, read, write, held):
+        B, L, H, D = query.shape
+        if held is None:
+            held = mx.zeros((B, H, D, D), dtype=query.dtype)
+        if mx.default_device() == mx.gpu and mx.metal.is_available():
+            return fast(query, keep, key, value, read, write, held)
+        else:
+            found = []
+            for t in range(L):
+                y, held = one(query[:, t], keep[:, t], key[:, t], value[:, t], read[:, t],
+                              write[:, t], held)
+                found.append(y)
+            return mx.stack(found, axis=1).astype(query.dtype), held
+
+    def __call__(self, x, cache):
+        B, L, _ = x.shape
+        mixed = mx.concatenate([cache[0], x[:, :-1]], axis=1)
+        parts = mx.split(self.proj(x + mixed).reshape(B, L, self.heads, -1), 6, axis=-1)
+        y, held = self.walk(*parts, cache[1])
+        cache[0] = x[:, -1:]
+        cache[1] = held
+        return y.reshape(B, L, -1)
+
+def fast(query, keep, key, value, read, write, held):
+    return kernel(inputs=[query, keep, key, value, read, write, held])
+"""
+
+ACCEPTS = (
+    Example("Mix", _SHIFT, "gathered"),
+    Example("Mix", _MATRIX, "kernel"),
+    Example("Mix", _MATRIX.replace("query[..., None], held", "key[..., None], held"), "gathered"),
+    Example("Mix", _MATRIX.replace("y[..., None], held", "y[..., None], turned"), "gathered"),
+    Example("Mix", _MATRIX.replace("+ turned", "- turned"), "gathered"),
+    Example("Mix", _MATRIX.replace("* keep[:, :, None, :]", "* keep[:, :, :, None]"), "gathered"),
+    Example("Mix", _MATRIX.replace("value[:, t], read", "value[:, t - 1], read"), "gathered"),
+    Example("Mix", _MATRIX.replace("(found, axis=1)", "(found[1:], axis=1)"), "gathered"),
+    Example("Mix", _MATRIX.replace("range(L)", "range(1, L)"), "gathered"),
+    Example("Mix", _MATRIX.replace("found.append(y)", "found.append(y * 2)"), "gathered"),
+    Example("Mix", _MATRIX.replace("mx.metal.is_available()", "B > 1"), "per-sequence"),
+    Example("Mix", _MATRIX.replace("mx.metal.is_available()", "L > 9"), "gathered"),
+    Example("Mix", _MATRIX.replace("return fast(query,", "return fast(key,"), "gathered"),
+    Example("Mix", _MATRIX.replace("@partial(mx.compile, shapeless=True)", "@twice"), "gathered"),
+)  # fmt: skip
 REJECTS = (
     Counter("Mix", _SHIFT.replace("[cache[0], x[:, :-1]], axis=1", "[cache[0], x], axis=-1"), None),
 )

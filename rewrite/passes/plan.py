@@ -40,6 +40,7 @@ _HOMES = {  # where the runtime's names are, if not among the sites
     "delta_rule": "mlxrewrite.runtime.recurrences",
     "diagonal_scan": "mlxrewrite.runtime.recurrences",
     "lightning_scan": "mlxrewrite.runtime.recurrences",
+    "low_rank_scan": "mlxrewrite.runtime.recurrences",
     "paged_latent_attention": "mlxrewrite.runtime.latents",
     "paged_top_positions": "mlxrewrite.runtime.rankings",
     "state_space_dual": "mlxrewrite.runtime.recurrences",
