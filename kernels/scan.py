@@ -22,7 +22,7 @@ def diagonal(x: mx.array, a: mx.array, start: mx.array | None) -> tuple[mx.array
         start = mx.zeros((x.shape[0], x.shape[2]), mx.float32)
     start = start.astype(mx.float32)
     if x.shape[1] == 1 or launch.active() is None or dtype_name(x.dtype) not in DTYPES:
-        return _plain(x, a, start)
+        return doubled(x, a, start)
     count, length, channels = x.shape
     spec = ScanSpec(rows_dtype=dtype_name(x.dtype), channels=channels, simdgroups=1, ahead=AHEAD)
     inputs = {"inputs": x, "factors": a, "start": start, "sizes": _sizes(length)}
@@ -40,7 +40,7 @@ def _sizes(length: int) -> mx.array:
     return mx.array([length] + [0] * (MIN_METADATA - 1), mx.int32)
 
 
-def _plain(x: mx.array, a: mx.array, start: mx.array) -> tuple[mx.array, mx.array]:
+def doubled(x: mx.array, a: mx.array, start: mx.array) -> tuple[mx.array, mx.array]:
     """In doubling steps: after each, every h holds twice as many of the tokens before it."""
     factors, sums = a.astype(mx.float32), x.astype(mx.float32)
     first = sums[:, :1] + factors[:, :1] * start[:, None]

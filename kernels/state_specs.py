@@ -119,3 +119,62 @@ class ScanSpec(KernelSpec):
     @property
     def outputs(self) -> tuple[str, ...]:
         return ("output", "last")
+
+
+@dataclass(frozen=True, slots=True)
+class SelectiveStepSpec(KernelSpec):
+    """One token of every sequence through a selective state space; a lane holds 4 states of a
+    channel for `sequences_each` sequences, which share its rates."""
+
+    template: ClassVar[str] = "selective_step"
+
+    rows_dtype: str
+    weights_dtype: str
+    output_dtype: str
+    channels: int
+    states: int
+    sequences_each: int
+    groups_of_lanes: int
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        rows = ("inputs", "deltas", "entering", "leaving")
+        return (*rows, "rates", "skips", "state", "sizes")
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return ("output", "state_out")
+
+
+@dataclass(frozen=True, slots=True)
+class SelectiveScanSpec(KernelSpec):
+    """A selective state space along tokens; a lane holds `part` states of a channel.
+
+    ends: how each piece of the tokens ends if it begins with nothing. joined: pieces that begin
+    with what follows from those ends. Neither: all tokens in one piece.
+    """
+
+    template: ClassVar[str] = "selective_scan"
+
+    rows_dtype: str
+    weights_dtype: str
+    output_dtype: str
+    channels: int
+    states: int
+    part: int
+    ahead: int
+    groups_of_lanes: int
+    ends: bool
+    joined: bool
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        if self.ends:
+            return ("inputs", "deltas", "entering", "rates", "sizes")
+        rows = ("inputs", "deltas", "entering", "leaving")
+        found = ("ends", "sums") if self.joined else ()
+        return (*rows, "rates", "skips", "state", *found, "sizes")
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return ("ends", "sums") if self.ends else ("output", "last")

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx import nn
-from mlxrewrite.kernels import delta, linear, low_rank, scan
+from mlxrewrite.kernels import delta, linear, low_rank, scan, selective
 from mlxrewrite.kernels.depthwise import MOST_TAPS, depthwise
 
 from .errors import RuntimeRefusal
@@ -21,6 +21,7 @@ __all__ = [
     "diagonal_scan",
     "lightning_scan",
     "low_rank_scan",
+    "selective_scan",
     "state_space_dual",
 ]
 
@@ -88,6 +89,23 @@ def state_space_dual(
     _no_padding(lengths)
     return linear.state_space_dual(hidden_states, A_log, B, C, D, dt, dt_bias, state,
                                    time_step_limit)  # fmt: skip
+
+
+def selective_scan(
+    x: mx.array,
+    delta: mx.array,
+    A: mx.array,
+    B: mx.array,
+    C: mx.array,
+    D: mx.array,
+    state: mx.array | None = None,
+) -> tuple[mx.array, mx.array]:
+    """In place of h <- h e^(delta A) + delta x B, y = sum(h C) + D x, token by token.
+
+    x, delta [N, L, M]; A [M, S]; B, C [N, L, S]; D [M]; state [N, M, S], float32 when it comes
+    back, None for zeros.
+    """
+    return selective.selective_scan(x, delta, A, B, C, D, state)
 
 
 _Function = Callable[..., Any]
