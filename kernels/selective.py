@@ -87,7 +87,9 @@ def supports(channels: int, states: int, rows: mx.Dtype, weights: mx.Dtype) -> s
     if channels < MIN_METADATA:
         return f"{channels} channels: kernels exist from {MIN_METADATA} on"
     if not {dtype_name(rows), dtype_name(weights)} <= set(DTYPES):
-        return f"{dtype_name(rows)} and {dtype_name(weights)}: kernels exist for {', '.join(DTYPES)}"
+        return (
+            f"{dtype_name(rows)} and {dtype_name(weights)}: kernels exist for {', '.join(DTYPES)}"
+        )
     return None
 
 
@@ -173,22 +175,17 @@ def _plain(
     """The states of all tokens of a chunk at once, one chunk after another."""
     found = []
     for start in range(0, x.shape[1], CHUNK):
-        rows = (part[:, start : start + CHUNK].astype(mx.float32) for part in (x, delta, B, C))
-        y, state = _plain_chunk(*rows, A.astype(mx.float32), D.astype(mx.float32), state)
+        rows = [part[:, start : start + CHUNK].astype(mx.float32) for part in (x, delta, B, C)]
+        y, state = _plain_chunk(rows, A.astype(mx.float32), D.astype(mx.float32), state)
         found.append(y)
     y = found[0] if len(found) == 1 else mx.concatenate(found, axis=1)
     return y.astype(out), state
 
 
 def _plain_chunk(
-    x: mx.array,
-    delta: mx.array,
-    B: mx.array,
-    C: mx.array,
-    A: mx.array,
-    D: mx.array,
-    state: mx.array,
+    rows: list[mx.array], A: mx.array, D: mx.array, state: mx.array
 ) -> tuple[mx.array, mx.array]:
+    x, delta, B, C = rows
     count, length, channels = x.shape
     flat = (count, length, channels * A.shape[1])
     decay = mx.exp(delta[..., None] * A).reshape(flat)

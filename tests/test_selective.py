@@ -163,7 +163,7 @@ BUGS = {
         "state dropped": ("held[j] = state[size_t(sequence) * (CHANNELS * STATES) + place + j]",
                           "held[j] = 0.0f"),
         "half of the lanes": ("mask < LANES;", "mask < LANES / 2;"),
-        "written by all": ("if (unit < UNITS && first == 0) {\n        const", "if (true) {\n const"),
+        "written by all": ("if (unit < UNITS && first == 0)", "if (true)"),
         "beyond the end": ("min(token + i, stop - 1)", "(token + i)"),
         "one token less": ("if (token + i < stop)", "if (token + i < stop - 1)"),
     },

@@ -43,6 +43,7 @@ _HOMES = {  # where the runtime's names are, if not among the sites
     "low_rank_scan": "mlxrewrite.runtime.recurrences",
     "paged_latent_attention": "mlxrewrite.runtime.latents",
     "paged_top_positions": "mlxrewrite.runtime.rankings",
+    "selective_scan": "mlxrewrite.runtime.recurrences",
     "state_space_dual": "mlxrewrite.runtime.recurrences",
 }
 _WORST = ("kernel", "gathered", "per-sequence")
