@@ -298,9 +298,11 @@ def _ending(
     for start in range(len(body)):
         names = method.before.get(body[start].span.start, {})
         texts = [spell(mixer.source, role, names) for role in roles.all]
-        if None not in texts and _all_accounted_for(method, body[start:]):
+        if None not in texts:
             break
     else:
+        return None
+    if not _all_accounted_for(method, body[start:]):
         return None
     span = Span(body[start].span.start, body[-1].span.end)
     text = f"{kind} works out its recurrence without a loop over tokens"
