@@ -15,14 +15,17 @@ import numpy as np
 from . import launch, policy, reference
 from .plans import DecodePlan, TiledPlan, decode_plan, row_spans, rows_of, tiled_plan
 from .pools import Pool
+from .quantization import Packing, Packings, Quantization
 from .ragged import MIN_METADATA, Ragged
 from .render import render
 from .specs import (
     AttentionSpec,
     CopySpec,
     DecodeSpec,
+    DequantizeSpec,
     GatherSpec,
     KernelSpec,
+    QuantizeSpec,
     ReduceSpec,
     TiledSpec,
     WriteSpec,
@@ -43,9 +46,12 @@ def write_kv(keys: mx.array, values: mx.array | None, pool: Pool, ragged: Ragged
     """The rows of a step into their slots, in place."""
     if values is not None and values.dtype != keys.dtype:
         values = values.astype(keys.dtype)
-    spec = policy.write_spec(
-        dtype_name(keys.dtype), dtype_name(pool.dtype), pool.kv_heads, pool.key_dim, pool.value_dim
-    )
+    sizes = dtype_name(pool.dtype), pool.kv_heads, pool.key_dim
+    spec: WriteSpec | QuantizeSpec
+    if pool.packings is not None:
+        spec = policy.quantize_spec(dtype_name(keys.dtype), *sizes, *_codes(pool, pool.packings))
+    else:
+        spec = policy.write_spec(dtype_name(keys.dtype), *sizes, pool.value_dim)
     inputs = {"keys": keys, "slots": ragged.slot_mapping, **_pools(pool), "token_in": pool.token}
     if values is not None:
         inputs["values"] = values
@@ -55,9 +61,9 @@ def write_kv(keys: mx.array, values: mx.array | None, pool: Pool, ragged: Ragged
 
 def copy_blocks(pool: Pool, sources: Sequence[int], targets: Sequence[int]) -> Pool:
     """Whole blocks inside a pool, in place."""
-    block = pool.block_size * pool.kv_heads
-    value_size = None if pool.value_dim is None else block * pool.value_dim
-    spec = policy.copy_spec(dtype_name(pool.dtype), block * pool.key_dim, value_size)
+    key_size = pool.keys.size // pool.num_blocks
+    value_size = None if pool.values is None else pool.values.size // pool.num_blocks
+    spec = policy.copy_spec(dtype_name(pool.keys.dtype), key_size, value_size)
     pairs = np.zeros((max(MIN_METADATA, len(sources)), 2), np.int32)
     pairs[: len(sources), 0], pairs[: len(sources), 1] = sources, targets
     inputs = {**_pools(pool), "pairs": mx.array(pairs), "token_in": pool.token}
@@ -77,7 +83,12 @@ def gather(
 def take(pool: Pool, slots: mx.array, count: int) -> tuple[mx.array, mx.array | None, Pool]:
     """The first `count` of some slots, int32 of at least MIN_METADATA entries: [Hkv, count, Dk],
     the same with Dv, the next pool."""
-    spec = policy.gather_spec(dtype_name(pool.dtype), pool.kv_heads, pool.key_dim, pool.value_dim)
+    sizes = dtype_name(pool.dtype), pool.kv_heads, pool.key_dim
+    spec: GatherSpec | DequantizeSpec
+    if pool.packings is not None:
+        spec = policy.dequantize_spec(*sizes, *_codes(pool, pool.packings))
+    else:
+        spec = policy.gather_spec(*sizes, pool.value_dim)
     widths = [pool.key_dim] if pool.value_dim is None else [pool.key_dim, pool.value_dim]
     inputs = {
         **_pools(pool),
@@ -93,6 +104,48 @@ def take(pool: Pool, slots: mx.array, count: int) -> tuple[mx.array, mx.array | 
     )
     values = None if pool.values is None else made[1]
     return made[0], values, pool.after(made[-1])
+
+
+def read_blocks(pool: Pool, blocks: Sequence[int]) -> tuple[mx.array, mx.array, Pool]:
+    """Whole blocks of a pool of codes, as words [n, words of a block], and the next pool."""
+    sizes = pool.keys.shape[1], _words(pool)
+    spec = policy.gather_spec("uint32", 1, *sizes)
+    slots = mx.array([*blocks, *[0] * (MIN_METADATA - len(blocks))], mx.int32)
+    count = len(blocks)
+    made = render(spec)(
+        {
+            **_pools(pool),
+            "slots": slots,
+            "lengths": _lengths(count, launch.active()),
+            "token_in": pool.token,
+        },
+        [*(((count, size), mx.uint32) for size in sizes), TOKEN],
+        groups=count,
+        threads=spec.threads,
+    )
+    return made[0], made[1], pool.after(made[2])
+
+
+def write_blocks(pool: Pool, blocks: Sequence[int], keys: mx.array, values: mx.array) -> Pool:
+    """Words [n, words of a block] into blocks of a pool of codes, in place."""
+    spec = policy.write_spec("uint32", "uint32", 1, pool.keys.shape[1], _words(pool))
+    slots = mx.array([*blocks, *[0] * (MIN_METADATA - len(blocks))], mx.int32)
+    inputs = {"keys": keys, "values": values, "slots": slots, **_pools(pool)}
+    inputs["token_in"] = pool.token
+    (token,) = render(spec)(inputs, [TOKEN], groups=len(blocks), threads=spec.threads)
+    return pool.after(token)
+
+
+def _words(pool: Pool) -> int:
+    """Words of a block of values."""
+    assert pool.values is not None
+    return pool.values.shape[1]
+
+
+def _codes(pool: Pool, packings: Packings) -> tuple[int, int, int, int]:
+    """What the kernels of codes need to know beside the keys' sizes."""
+    how = packings.quantization
+    return packings.values.dim, pool.block_size, how.bits, how.group_size
 
 
 @lru_cache(maxsize=256)
@@ -323,6 +376,12 @@ def _prepare(spec: KernelSpec, layer: AttentionSpec) -> list[mx.array]:
     heads, kv_heads, size = layer.query_heads, layer.kv_heads, layer.block_size
     key_dim, value_dim = layer.key_dim, layer.value_dim
 
+    def pages(dim: int) -> mx.array:
+        if not layer.bits:
+            return mx.zeros((2, size, kv_heads, dim), pool)
+        packing = Packing(Quantization(layer.bits, layer.code_group), kv_heads, dim, pool)
+        return mx.zeros((2, packing.block_words(size)), mx.uint32)
+
     def ints(*first: int) -> mx.array:
         return mx.array([*first, *[0] * 16][:16], mx.int32).reshape(-1, 2)
 
@@ -330,8 +389,8 @@ def _prepare(spec: KernelSpec, layer: AttentionSpec) -> list[mx.array]:
         "queries": mx.zeros((1, heads, key_dim), rows),
         "keys": mx.zeros((1, kv_heads, key_dim), rows),
         "values": mx.zeros((1, kv_heads, value_dim), rows),
-        "key_pool": mx.zeros((2, size, kv_heads, key_dim), pool),
-        "value_pool": mx.zeros((2, size, kv_heads, value_dim), pool),
+        "key_pool": pages(key_dim),
+        "value_pool": pages(value_dim),
         "sinks": mx.zeros((heads,), rows),
         "settings": mx.zeros((2,), mx.float32),
         "token_in": mx.zeros((1,), mx.int32),
@@ -358,7 +417,7 @@ def _prepare(spec: KernelSpec, layer: AttentionSpec) -> list[mx.array]:
         groups, threads = kv_heads, 32 * spec.simdgroups
     elif isinstance(spec, ReduceSpec):
         groups, threads = heads, 32 * spec.simdgroups
-    elif isinstance(spec, WriteSpec | GatherSpec | CopySpec):
+    elif isinstance(spec, WriteSpec | QuantizeSpec | GatherSpec | DequantizeSpec | CopySpec):
         threads = spec.threads
     made = [outputs[name] for name in spec.outputs]
     return render(spec)(inputs, made, groups=groups, threads=threads)

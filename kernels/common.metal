@@ -88,8 +88,18 @@ METAL_FUNC void tile_blocks(
 
 // Rows of one head for a tile of TILE keys, STEPS at a time: LANES lanes share a row, each holding
 // LOADS vectors of WORDS words, LANES vectors apart. Keys outside low..high repeat the nearest one
-// inside, so that whatever lies in the rest of a block is never read.
-template <int DIM, int VECTOR, int WORDS, int LANES, int LOADS, int TILE, int BLOCK, int HEADS>
+// inside, so that whatever lies in the rest of a block is never read. BLOCK_WORDS: from one block to
+// the next.
+template <
+    int DIM,
+    int VECTOR,
+    int WORDS,
+    int LANES,
+    int LOADS,
+    int TILE,
+    int BLOCK,
+    int HEADS,
+    int BLOCK_WORDS>
 METAL_FUNC void load_tile(
     thread Words<WORDS>* rows,
     const device uint* pool,
@@ -105,7 +115,7 @@ METAL_FUNC void load_tile(
   for (int step = 0; step < TILE / ROWS; step++) {
     const int key = clamp(tile + step * ROWS + int(lane) / LANES, low, high);
     const device uint* row = pool
-        + size_t(blocks[TILE > BLOCK ? step * ROWS / BLOCK : 0]) * (BLOCK * HEADS * VECTORS * WORDS)
+        + size_t(blocks[TILE > BLOCK ? step * ROWS / BLOCK : 0]) * BLOCK_WORDS
         + (key % BLOCK * HEADS + head) * (VECTORS * WORDS);
 #pragma unroll
     for (int i = 0; i < LOADS; i++) {

@@ -14,7 +14,12 @@ from .dialects.cpu.source import Input, signature
 from .render import render
 from .specs import DTYPES, SHORT, AttentionSpec, KernelSpec, initials
 
-TYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+TYPES = {
+    "float32": mx.float32,
+    "float16": mx.float16,
+    "bfloat16": mx.bfloat16,
+    "uint32": mx.uint32,
+}
 # One of each structure that occurs among the models that mlx_lm has.
 USUAL = (
     AttentionSpec(128, 128, 32, 8, 16, "bfloat16", "bfloat16"),
@@ -24,6 +29,8 @@ USUAL = (
     AttentionSpec(80, 80, 32, 32, 16, "float16", "float16"),
     AttentionSpec(192, 128, 16, 16, 16, "bfloat16", "bfloat16"),
     AttentionSpec(576, 512, 16, 1, 16, "bfloat16", "bfloat16", shared_values=True),
+    AttentionSpec(128, 128, 32, 8, 16, "bfloat16", "bfloat16", bits=8, code_group=64),
+    AttentionSpec(128, 128, 32, 8, 16, "bfloat16", "bfloat16", bits=4, code_group=64),
 )
 
 
@@ -64,9 +71,12 @@ def parse(name: str) -> KernelSpec:
         else:
             taken = whole.split("_")[0]
             digits = taken.removeprefix(short)
-            if form is str and taken in long:
+            spelled = digits.isdigit() and taken.startswith(short)
+            if form is int and part.default == 0 and not spelled:
+                values[part.name], taken = 0, ""
+            elif form is str and taken in long:
                 values[part.name] = long[taken]
-            elif form is int and digits.isdigit() and taken.startswith(short):
+            elif form is int and spelled:
                 values[part.name] = int(digits)
             else:
                 want = f"one of {', '.join(DTYPES.keys())}" if form is str else f"{short}<number>"
@@ -104,6 +114,8 @@ def _dtype(spec: KernelSpec, array: str) -> mx.Dtype:
     """The type of an input or output of the kernels in `specs`."""
     if array in ("queries", "keys", "values", "sinks", "output"):
         return TYPES[str(getattr(spec, "query_dtype", getattr(spec, "rows_dtype", "")))]
+    if array in ("key_pool", "value_pool") and getattr(spec, "bits", False):
+        return mx.uint32
     if array in ("key_pool", "value_pool", "gathered_keys", "gathered_values"):
         return TYPES[getattr(spec, "pool_dtype", "")]
     if array in ("settings", "partial_values", "partial_stats"):

@@ -21,10 +21,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import mlx.core as mx
+import numpy as np
 
 from . import calls, launch, policy, reference
 from .policy import Route
 from .pools import Layout, Pool, new_pool
+from .quantization import Packing, Packings, Quantization
 from .ragged import MIN_METADATA, Ragged
 from .specs import AttentionSpec, supports
 
@@ -32,6 +34,7 @@ __all__ = [
     "AttentionSpec",
     "Layout",
     "Pool",
+    "Quantization",
     "Ragged",
     "Route",
     "attention",
@@ -39,8 +42,10 @@ __all__ = [
     "copy_blocks",
     "gather",
     "new_pool",
+    "read_blocks",
     "supports",
     "take",
+    "write_blocks",
     "write_kv",
 ]
 
@@ -54,8 +59,8 @@ def write_kv(
     """Put each row of the step into its slot.
 
     keys [T, Hkv, Dk] or [T, Hkv, 1, Dk]; values the same with Dv, None for a pool without values.
-    Rows are cast to the pool's dtype. T is ragged.num_rows. Blocks must not be shared: copy a
-    shared block (`copy_blocks`) before a sequence writes to it.
+    Rows are cast to the pool's dtype, and quantised where it holds codes. T is ragged.num_rows.
+    Blocks must not be shared: copy a shared block (`copy_blocks`) before a sequence writes to it.
     """
     _require_rows("keys", keys, ragged, pool.kv_heads, pool.key_dim)
     if (values is None) != (pool.values is None):
@@ -138,10 +143,7 @@ def gather(
     """
     if _on_kernels(pool):
         return calls.gather(pool, ragged, sequence, low)
-    keys = reference.gather(pool.keys, pool, ragged, sequence, low)
-    if pool.values is None:
-        return keys, None, pool
-    return keys, reference.gather(pool.values, pool, ragged, sequence, low), pool
+    return (*reference.gather(pool, ragged, sequence, low), pool)
 
 
 def take(pool: Pool, slots: mx.array) -> tuple[mx.array, mx.array | None, Pool]:
@@ -173,6 +175,58 @@ def copy_blocks(pool: Pool, sources: Sequence[int], targets: Sequence[int]) -> P
     return reference.copy_blocks(pool, sources, targets)
 
 
+def read_blocks(pool: Pool, blocks: Sequence[int]) -> tuple[mx.array, mx.array, Pool]:
+    """Whole blocks of a pool of codes as they are stored, and the pool to use next.
+
+    Keys and values as words, uint32 [n, block_size, Hkv, words of a row]: alike in all layouts.
+    """
+    packings = _packed(pool)
+    if _on_kernels(pool):
+        keys, values, pool = calls.read_blocks(pool, blocks)
+    else:
+        keys, values = reference.read_blocks(pool, blocks)
+    if pool.layout == "pages":
+        keys, values = (
+            _unfolded(packings.keys, pool, keys),
+            _unfolded(packings.values, pool, values),
+        )
+    return keys, values, pool
+
+
+def write_blocks(pool: Pool, blocks: Sequence[int], keys: mx.array, values: mx.array) -> Pool:
+    """Put what `read_blocks` gave into blocks of a pool of codes."""
+    packings = _packed(pool)
+    for packing, words in ((packings.keys, keys), (packings.values, values)):
+        expected = (len(blocks), pool.block_size, packing.heads, packing.row_words)
+        if words.shape != expected or words.dtype != mx.uint32:
+            raise ValueError(
+                f"write_blocks: expected words {list(expected)}, got {words.dtype} "
+                f"{list(words.shape)}"
+            )
+    if pool.layout == "pages":
+        keys, values = _folded(packings.keys, pool, keys), _folded(packings.values, pool, values)
+    if _on_kernels(pool) and policy.writes_in_place():
+        return calls.write_blocks(pool, blocks, keys, values)
+    return reference.write_blocks(pool, blocks, keys, values)
+
+
+def _packed(pool: Pool) -> Packings:
+    if pool.packings is None:
+        raise ValueError("blocks are read and written as words in pools of codes only")
+    return pool.packings
+
+
+def _unfolded(packing: Packing, pool: Pool, blocks: mx.array) -> mx.array:
+    """[n, words of a block of pages] -> [n, block_size, Hkv, words of a row]."""
+    return blocks[:, mx.array(packing.index(pool.block_size))]
+
+
+def _folded(packing: Packing, pool: Pool, rows: mx.array) -> mx.array:
+    """The way back."""
+    back = np.argsort(packing.index(pool.block_size).ravel()).astype(np.int32)
+    return rows.flatten(1)[:, mx.array(back)]
+
+
 def attention_spec(
     queries: mx.array,
     pool: Pool,
@@ -181,6 +235,7 @@ def attention_spec(
     sinks: mx.array | None = None,
 ) -> AttentionSpec:
     """What `attention` with these arguments asks of the kernels."""
+    how = None if pool.packings is None else pool.packings.quantization
     return AttentionSpec(
         key_dim=pool.key_dim,
         value_dim=value_dim or pool.value_dim or pool.key_dim,
@@ -192,6 +247,8 @@ def attention_spec(
         softcap=softcap is not None,
         sinks=sinks is not None,
         shared_values=pool.values is None,
+        bits=0 if how is None else how.bits,
+        code_group=0 if how is None else how.group_size,
     )
 
 

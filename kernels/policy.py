@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar
 from . import launch
 from .specs import (
     DTYPES,
+    SIZES,
     AttentionSpec,
     CopySpec,
     DecodeSpec,
+    DequantizeSpec,
     GatherSpec,
     KernelSpec,
+    QuantizeSpec,
     ReduceSpec,
     TiledSpec,
     WriteSpec,
@@ -41,6 +44,12 @@ REGISTERS = {"cuda": 235, "metal": 120, "runner": 120}
 DECODE_GROUP = 8
 DECODE_WIDTH = 256
 DECODE_ROWS = 4
+# The same for pools of codes, which the kernel for many rows does not read: beyond, positions are
+# dequantised for MLX's own attention, which costs their bytes several times over.
+CODES_GROUP = 16
+CODES_ROWS = 8
+# Entries that a lane of the decode kernel takes from a row of codes at a time.
+CODES_VECTOR = 8
 # Rows from which on gathering a sequence's pages for MLX's own attention is worth it.
 GATHER_ROWS = 32
 # Threadgroups that fill a device, and the fewest keys worth a threadgroup of its own.
@@ -93,9 +102,11 @@ def assign(
     single = _decodes(layer)
     for i in everyone:
         length, context = ragged.query_lens[i], ragged.context_lens[i]
-        if single and length < DECODE_ROWS:
+        if single and length < (CODES_ROWS if layer.bits else DECODE_ROWS):
             decode.append(i)
-        elif route is None and length >= GATHER_ROWS and not _narrow(band, context, layer):
+        elif layer.bits or (
+            route is None and length >= GATHER_ROWS and not _narrow(band, context, layer)
+        ):
             gathered.append(i)
         else:
             tiled.append(i)
@@ -105,7 +116,10 @@ def assign(
 def _decodes(layer: AttentionSpec) -> bool:
     """Whether the kernel for single rows has room for what a key head's queries need."""
     group = layer.query_heads // layer.kv_heads
-    return group <= DECODE_GROUP and max(layer.key_dim, layer.value_dim) <= DECODE_WIDTH
+    return (
+        group <= (CODES_GROUP if layer.bits else DECODE_GROUP)
+        and max(layer.key_dim, layer.value_dim) <= DECODE_WIDTH
+    )
 
 
 def _narrow(band: int | None, context: int, layer: AttentionSpec) -> bool:
@@ -135,7 +149,7 @@ def _remembered(make: Callable[P, T]) -> Callable[P, T]:
 def decode_spec(layer: AttentionSpec, partial: bool) -> DecodeSpec:
     """The kernel for single rows."""
     group = layer.query_heads // layer.kv_heads
-    vector = 16 // DTYPES[layer.pool_dtype]
+    vector = CODES_VECTOR if layer.bits else 16 // DTYPES[layer.pool_dtype]
     heads, tile = _decode_shape(layer, group, vector)
     chunks = -(-group // heads)
     return DecodeSpec(
@@ -154,6 +168,8 @@ def decode_spec(layer: AttentionSpec, partial: bool) -> DecodeSpec:
         sinks=layer.sinks and not partial,
         shared_values=layer.shared_values,
         partial=partial,
+        bits=layer.bits,
+        code_group=layer.code_group,
     )
 
 
@@ -272,7 +288,53 @@ def copy_spec(pool_dtype: str, key_size: int, value_size: int | None) -> CopySpe
 
 def _word(dtype: str, *sizes: int) -> int:
     """Bytes of one access that divide all rows."""
-    return next(w for w in (16, 8, 4, 2) if all(n * DTYPES[dtype] % w == 0 for n in sizes))
+    return next(w for w in (16, 8, 4, 2) if all(n * SIZES[dtype] % w == 0 for n in sizes))
+
+
+@_remembered
+def quantize_spec(
+    rows_dtype: str,
+    pool_dtype: str,
+    kv_heads: int,
+    key_dim: int,
+    value_dim: int,
+    block_size: int,
+    bits: int,
+    code_group: int,
+) -> QuantizeSpec:
+    return QuantizeSpec(
+        rows_dtype=rows_dtype,
+        pool_dtype=pool_dtype,
+        kv_heads=kv_heads,
+        key_dim=key_dim,
+        value_dim=value_dim,
+        block_size=block_size,
+        bits=bits,
+        code_group=code_group,
+        threads=128,
+    )
+
+
+@_remembered
+def dequantize_spec(
+    pool_dtype: str,
+    kv_heads: int,
+    key_dim: int,
+    value_dim: int,
+    block_size: int,
+    bits: int,
+    code_group: int,
+) -> DequantizeSpec:
+    return DequantizeSpec(
+        pool_dtype=pool_dtype,
+        kv_heads=kv_heads,
+        key_dim=key_dim,
+        value_dim=value_dim,
+        block_size=block_size,
+        bits=bits,
+        code_group=code_group,
+        threads=128,
+    )
 
 
 def kernels(layer: AttentionSpec, banded: bool | None = None) -> tuple[KernelSpec, ...]:
@@ -281,6 +343,8 @@ def kernels(layer: AttentionSpec, banded: bool | None = None) -> tuple[KernelSpe
     value_dim = None if layer.shared_values else layer.value_dim
     sizes = layer.pool_dtype, layer.kv_heads, layer.key_dim, value_dim
     block = layer.block_size * layer.kv_heads
+    if layer.bits:
+        return _codes_kernels(layer)
     bands = (False, True) if banded is None else (banded,)
     return (
         write_spec(layer.dtype, *sizes),
@@ -289,6 +353,25 @@ def kernels(layer: AttentionSpec, banded: bool | None = None) -> tuple[KernelSpe
         reduce_spec(layer),
         gather_spec(*sizes),
         copy_spec(layer.pool_dtype, block * layer.key_dim, value_dim and block * value_dim),
+    )
+
+
+def _codes_kernels(layer: AttentionSpec) -> tuple[KernelSpec, ...]:
+    sizes = layer.pool_dtype, layer.kv_heads, layer.key_dim, layer.value_dim
+    how = layer.block_size, layer.bits, layer.code_group
+    rows = layer.block_size * layer.kv_heads
+    pairs = rows * 2 * DTYPES[layer.pool_dtype] // 4
+    words = [
+        rows * dim * layer.bits // 32 + pairs * (dim // layer.code_group)
+        for dim in (layer.key_dim, layer.value_dim)
+    ]
+    single = _decodes(layer)
+    return (
+        quantize_spec(layer.dtype, *sizes, *how),
+        *(decode_spec(layer, partial) for partial in (False, True) if single),
+        *((reduce_spec(layer),) if single else ()),
+        dequantize_spec(*sizes, *how),
+        copy_spec("uint32", words[0], words[1]),
     )
 
 

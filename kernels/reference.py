@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from .pools import Pool
+from .quantization import Packing
 from .ragged import Ragged
 
 
@@ -23,20 +24,34 @@ def write_kv(keys: mx.array, values: mx.array | None, pool: Pool, ragged: Ragged
     The assignment is in place if nothing else holds the pool's buffer, so a step must be evaluated
     before the next one writes.
     """
-    _assign(pool, pool.keys, keys, ragged)
-    if pool.values is not None and values is not None:
-        _assign(pool, pool.values, values, ragged)
+    for store, rows, packing in zip(
+        (pool.keys, pool.values), (keys, values), _packings(pool), strict=True
+    ):
+        if store is not None and rows is not None:
+            _assign(pool, store, rows, packing, ragged)
     return pool
 
 
-def _assign(pool: Pool, store: mx.array, rows: mx.array, ragged: Ragged) -> None:
+def _packings(pool: Pool) -> tuple[Packing | None, Packing | None]:
+    return (None, None) if pool.packings is None else (pool.packings.keys, pool.packings.values)
+
+
+def _assign(
+    pool: Pool, store: mx.array, rows: mx.array, packing: Packing | None, ragged: Ragged
+) -> None:
     if rows.ndim == 4:
         rows = rows.squeeze(2)
-    if rows.dtype != store.dtype:
-        rows = rows.astype(store.dtype)
+    if rows.dtype != pool.dtype:
+        rows = rows.astype(pool.dtype)
+    if packing is not None:
+        rows = packing.pack(rows)
     if pool.layout == "pages":
-        index = ragged.scatter
-        store[index // pool.block_size, index % pool.block_size] = rows
+        index, size = ragged.scatter, pool.block_size
+        if packing is not None:
+            words = mx.array(packing.index(size))[index % size].flatten(1)
+            store[(index // size)[:, None], words] = rows.flatten(1)
+        else:
+            store[index // size, index % size] = rows
         return
     rows = rows.swapaxes(0, 1)
     first = ragged.single_run
@@ -46,31 +61,44 @@ def _assign(pool: Pool, store: mx.array, rows: mx.array, ragged: Ragged) -> None
         store[:, ragged.scatter] = rows
 
 
-def gather(store: mx.array, pool: Pool, ragged: Ragged, sequence: int, low: int) -> mx.array:
-    """Positions low.. of one sequence, [1, Hkv, positions, D]."""
+def gather(pool: Pool, ragged: Ragged, sequence: int, low: int) -> tuple[mx.array, mx.array | None]:
+    """Positions low.. of one sequence, [1, Hkv, positions, Dk], and the same with Dv."""
     high = ragged.context_lens[sequence]
     first = ragged.run(sequence, low, high)
-    if pool.layout == "pages":
-        flat = store.flatten(0, 1)
-        if first is not None:
-            rows = flat[first : first + high - low]
-        else:
-            rows = mx.take(flat, ragged.index(sequence, low, high), axis=0)
-        return rows.swapaxes(0, 1)[None]
-    if first is not None:
-        return store[None, :, first : first + high - low]
-    return mx.take(store, ragged.index(sequence, low, high), axis=1)[None]
+
+    def gathered(store: mx.array | None, packing: Packing | None) -> mx.array | None:
+        if store is None:
+            return None
+        if first is None or (packing is not None and pool.layout == "pages"):
+            return _taken(pool, store, packing, ragged.index(sequence, low, high))[None]
+        if pool.layout == "pages":
+            return store.flatten(0, 1)[first : first + high - low].swapaxes(0, 1)[None]
+        rows = store[None, :, first : first + high - low]
+        return rows if packing is None else packing.unpack(rows)
+
+    packings = _packings(pool)
+    keys = gathered(pool.keys, packings[0])
+    assert keys is not None
+    return keys, gathered(pool.values, packings[1])
+
+
+def _taken(pool: Pool, store: mx.array, packing: Packing | None, slots: mx.array) -> mx.array:
+    """Rows at slots [n]: [Hkv, n, D]."""
+    if pool.layout == "heads":
+        rows = mx.take(store, slots, axis=1)
+    elif packing is None:
+        rows = mx.take(store.flatten(0, 1), slots, axis=0).swapaxes(0, 1)
+    else:
+        words = mx.array(packing.index(pool.block_size))[slots % pool.block_size]
+        rows = store[(slots // pool.block_size)[:, None, None], words].swapaxes(0, 1)
+    return rows if packing is None else packing.unpack(rows)
 
 
 def take(pool: Pool, slots: mx.array) -> tuple[mx.array, mx.array | None]:
     """Keys and values at slots [n]: [Hkv, n, Dk], the same with Dv."""
-
-    def taken(store: mx.array) -> mx.array:
-        if pool.layout == "pages":
-            return mx.take(store.flatten(0, 1), slots, axis=0).swapaxes(0, 1)
-        return mx.take(store, slots, axis=1)
-
-    return taken(pool.keys), None if pool.values is None else taken(pool.values)
+    for_keys, for_values = _packings(pool)
+    keys = _taken(pool, pool.keys, for_keys, slots)
+    return keys, None if pool.values is None else _taken(pool, pool.values, for_values, slots)
 
 
 def first_seen(position: int, window: int | None, chunk: int | None) -> int:
@@ -99,11 +127,9 @@ def attention(
     outputs = []
     for i in range(ragged.num_sequences):
         low = first_seen(ragged.context_lens[i] - ragged.query_lens[i], window, chunk)
-        keys = gather(pool.keys, pool, ragged, i, low)
-        if pool.values is None:
+        keys, values = gather(pool, ragged, i, low)
+        if values is None:
             values = keys[..., :value_dim]
-        else:
-            values = gather(pool.values, pool, ragged, i, low)
         outputs.append(
             sequence_attention(
                 queries,
@@ -205,8 +231,36 @@ def copy_blocks(pool: Pool, sources: Sequence[int], targets: Sequence[int]) -> P
         if pool.layout == "pages":
             store[mx.array(list(targets))] = store[mx.array(list(sources))]
         else:
-            offsets = np.arange(pool.block_size)
-            read = (np.array(sources)[:, None] * pool.block_size + offsets).ravel()
-            wrote = (np.array(targets)[:, None] * pool.block_size + offsets).ravel()
-            store[:, mx.array(wrote)] = store[:, mx.array(read)]
+            store[:, _block_slots(pool, targets)] = store[:, _block_slots(pool, sources)]
     return replace(pool)
+
+
+def read_blocks(pool: Pool, blocks: Sequence[int]) -> tuple[mx.array, mx.array]:
+    """Whole blocks of a pool of codes, as words [n, ...]."""
+    assert pool.values is not None
+    if pool.layout == "pages":
+        index = mx.array(list(blocks))
+        return pool.keys[index], pool.values[index]
+    slots = _block_slots(pool, blocks)
+
+    def read(store: mx.array) -> mx.array:
+        rows = store[:, slots].swapaxes(0, 1)
+        return rows.reshape(len(blocks), pool.block_size, *rows.shape[1:])
+
+    return read(pool.keys), read(pool.values)
+
+
+def write_blocks(pool: Pool, blocks: Sequence[int], keys: mx.array, values: mx.array) -> Pool:
+    """Words as `read_blocks` gives them into blocks of a pool of codes."""
+    for store, words in ((pool.keys, keys), (pool.values, values)):
+        assert store is not None
+        if pool.layout == "pages":
+            store[mx.array(list(blocks))] = words
+        else:
+            store[:, _block_slots(pool, blocks)] = words.flatten(0, 1).swapaxes(0, 1)
+    return replace(pool)
+
+
+def _block_slots(pool: Pool, blocks: Sequence[int]) -> mx.array:
+    slots = np.array(blocks)[:, None] * pool.block_size + np.arange(pool.block_size)
+    return mx.array(slots.ravel().astype(np.int32))

@@ -13,7 +13,12 @@ from .launch import MetalKernel
 from .specs import KernelSpec
 
 FOLDER = Path(__file__).parent
-METAL_TYPES = {"float32": "float", "float16": "float16_t", "bfloat16": "bfloat16_t"}
+METAL_TYPES = {
+    "float32": "float",
+    "float16": "float16_t",
+    "bfloat16": "bfloat16_t",
+    "uint32": "uint",
+}
 METAL_WORDS = {2: "ushort", 4: "uint", 8: "uint2", 16: "uint4"}
 
 
@@ -57,6 +62,6 @@ def render(spec: KernelSpec) -> MetalKernel:
         input_names=spec.inputs,
         output_names=spec.outputs,
         source=environment().get_template(template_name(spec.template)).render(values),
-        header=header(spec.headers),
+        header=header(spec.helpers),
         mutable_inputs=spec.mutable,
     )

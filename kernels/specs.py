@@ -3,11 +3,13 @@ of its template. `AttentionSpec` is what a layer asks for; the others are kernel
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
-SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+# Pools of codes and copies of whole blocks are words.
+SIZES = {**DTYPES, "uint32": 4}
+SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "uint32": "u32"}
 BLOCK_SIZES = (8, 16, 32, 64)
 
 
@@ -16,7 +18,8 @@ class AttentionSpec:
     """What an attention layer asks of the kernels.
 
     dtype is the queries' and the output's; pool_dtype the cache's. shared_values: values are the
-    first value_dim entries of the keys (a latent cache).
+    first value_dim entries of the keys (a latent cache). bits, code_group: of a pool of codes, 0
+    for others; pool_dtype is then that of the scales.
     """
 
     key_dim: int
@@ -29,6 +32,8 @@ class AttentionSpec:
     softcap: bool = False
     sinks: bool = False
     shared_values: bool = False
+    bits: int = 0
+    code_group: int = 0
 
 
 def supports(spec: AttentionSpec) -> str | None:
@@ -44,6 +49,8 @@ def supports(spec: AttentionSpec) -> str | None:
         return f"{spec.query_heads} query heads do not divide among {spec.kv_heads} key heads"
     if spec.shared_values and spec.value_dim > spec.key_dim:
         return f"values of {spec.value_dim} entries cannot be a part of keys of {spec.key_dim}"
+    if spec.bits and spec.shared_values:
+        return "values that are a part of quantised keys: there is no kernel"
     return None
 
 
@@ -53,6 +60,11 @@ class KernelSpec:
 
     template: ClassVar[str]
     headers: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def helpers(self) -> tuple[str, ...]:
+        """The files that stand before the kernel."""
+        return self.headers
 
     @property
     def mutable(self) -> tuple[str, ...]:
@@ -71,14 +83,14 @@ class KernelSpec:
     def name(self) -> str:
         """Spells the whole specialisation: two kernels of one name are one kernel."""
         words = [self.template]
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for part in fields(self):
+            value = getattr(self, part.name)
             if isinstance(value, bool):
-                words += [field.name] if value else []
+                words += [part.name] if value else []
             elif isinstance(value, str):
                 words.append(SHORT[value])
-            else:
-                words.append(f"{initials(field.name)}{value}")
+            elif value or part.default != 0:  # a number with the default 0 is left out
+                words.append(f"{initials(part.name)}{value}")
         return "_".join(words)
 
 
@@ -93,7 +105,8 @@ class DecodeSpec(KernelSpec):
 
     heads: query heads of one simdgroup; a group of more is spread over several simdgroups.
     key_groups: simdgroups that take turns at the keys. tile: keys of one turn of a simdgroup.
-    vector: elements of one load. partial: leaves parts for `ReduceSpec` to merge.
+    vector: elements of one load. partial: leaves parts for `ReduceSpec` to merge. bits, code_group:
+    of a pool of codes (`quantization.Packing`), 0 for others.
     """
 
     template: ClassVar[str] = "decode"
@@ -114,6 +127,12 @@ class DecodeSpec(KernelSpec):
     sinks: bool
     shared_values: bool
     partial: bool
+    bits: int = field(default=0, kw_only=True)
+    code_group: int = field(default=0, kw_only=True)
+
+    @property
+    def helpers(self) -> tuple[str, ...]:
+        return (*self.headers, "codes.metal") if self.bits else self.headers
 
     @property
     def simdgroups(self) -> int:
@@ -288,3 +307,64 @@ class CopySpec(KernelSpec):
     @property
     def outputs(self) -> tuple[str, ...]:
         return ("token_out",)
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeSpec(KernelSpec):
+    """The rows of a step into their slots of a pool of codes, in place; see `quantization.Packing`.
+
+    pool_dtype: of the scales.
+    """
+
+    template: ClassVar[str] = "quantize"
+    headers: ClassVar[tuple[str, ...]] = ("common.metal", "codes.metal")
+
+    rows_dtype: str
+    pool_dtype: str
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    block_size: int
+    bits: int
+    code_group: int
+    threads: int
+
+    @property
+    def mutable(self) -> tuple[str, ...]:
+        return ("key_pool", "value_pool")
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return ("keys", "values", "slots", "key_pool", "value_pool", "token_in")
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return ("token_out",)
+
+
+@dataclass(frozen=True, slots=True)
+class DequantizeSpec(KernelSpec):
+    """Positions of one sequence out of a pool of codes, as arrays for MLX's own attention.
+
+    pool_dtype: of the scales and of what is made.
+    """
+
+    template: ClassVar[str] = "dequantize"
+    headers: ClassVar[tuple[str, ...]] = ("common.metal", "codes.metal")
+
+    pool_dtype: str
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    block_size: int
+    bits: int
+    code_group: int
+    threads: int
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return ("key_pool", "value_pool", "slots", "lengths", "token_in")
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return ("gathered_keys", "gathered_values", "token_out")

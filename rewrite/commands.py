@@ -144,6 +144,8 @@ def generate(words: Sequence[str]) -> int:
     add("--seed", type=int, help="of the sampler")
     add("--adapter-path", metavar="DIR", help="LoRA adapters, as mlx_lm loads them")
     add("--no-chat", action="store_true", help="give prompts as they are, without chat template")
+    add("--kv-bits", type=int, metavar="8|4", help="keep keys and values as codes of so many bits")
+    add("--kv-group-size", type=int, default=64, help="codes with one scale (default 64)")
     add("--generated", type=Path, help="folder of the rewritten files (default: the installed one)")
     add("--trust-remote-code", action="store_true")
     got = parser.parse_args(words)
@@ -153,6 +155,8 @@ def generate(words: Sequence[str]) -> int:
         raise UsageError("--image belongs to the --prompt behind it, and none follows")
     from .runtime.errors import RuntimeRefusal
 
+    if got.kv_bits is not None and (got.vlm or any(got.images)):
+        raise UsageError("--kv-bits does not go with images yet: leave it out")
     try:
         return _generate(got)
     except RuntimeRefusal as problem:
@@ -206,7 +210,15 @@ def _generate(got: Any) -> int:
     )
     prompts = [encode_prompt(tokenizer, text, chat=not got.no_chat) for text in got.prompt]
     sampler = make_sampler(temp=got.temp, top_p=got.top_p, min_p=got.min_p, top_k=got.top_k)
-    events = stream_generate(model, tokenizer, prompts, max_tokens=got.max_tokens, sampler=sampler)
+    events = stream_generate(
+        model,
+        tokenizer,
+        prompts,
+        max_tokens=got.max_tokens,
+        sampler=sampler,
+        kv_bits=got.kv_bits,
+        kv_group_size=got.kv_group_size,
+    )
     return _show(got, events)
 
 

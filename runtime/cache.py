@@ -10,7 +10,7 @@ from typing import Any, Literal
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
-from mlxrewrite.kernels.ops import Ragged
+from mlxrewrite.kernels.ops import Quantization, Ragged
 
 from . import batch as batches
 from .batch import Batch, Sampled
@@ -60,7 +60,8 @@ class PagedCache:
     """Paged caches of a rewritten model and the sequences in them.
 
     `num_blocks` blocks of `block_size` positions for every group of layers with equal retention, or
-    a number for each retention. Pools take the type of the keys unless `dtype` is given. `poison`
+    a number for each retention. Pools take the type of the keys unless `dtype` is given, and hold
+    codes with `quantization`, their scales in that type. `poison`
     and `shuffle_seed` are for tests: NaN in blocks that nobody holds, blocks in random order.
     Sequences can be cut back by up to `rollback` positions: windows keep that much more.
     """
@@ -75,6 +76,7 @@ class PagedCache:
         poison: bool = False,
         shuffle_seed: int | None = None,
         rollback: int = 0,
+        quantization: Quantization | None = None,
     ) -> None:
         if block_size < 1:
             raise RuntimeRefusal(f"block size: expected at least 1, got {block_size}")
@@ -87,6 +89,7 @@ class PagedCache:
         self.specs = cache_specs(model)
         self._num_blocks = num_blocks
         self._dtype = dtype
+        self.quantization = quantization
         self._poison = poison
         self._shuffle_seed = shuffle_seed
         self._rollback = rollback
@@ -392,7 +395,14 @@ class PagedCache:
             if self._poison:
                 group.allocator.on_evict = functools.partial(self._fill, group)
             self._groups.append(group)
-        pool = EntryPool(group.allocator.num_blocks, self.block_size, self._dtype, self._poison)
+        pool = EntryPool(
+            group.allocator.num_blocks,
+            self.block_size,
+            self._dtype,
+            self._poison,
+            self.quantization,
+            f"cache entry {'.'.join(map(str, (entry, *path)))}",
+        )
         leaf = Leaf(spec, retention, self._groups.index(group), entry, path, pool)
         group.leaves.append(leaf)
         self._leaves[(entry, *path)] = leaf

@@ -11,6 +11,7 @@ from mlx_lm.sample_utils import greedy_sampler
 
 from .engine import Engine, FinishReason, Request
 from .errors import RuntimeRefusal
+from .quantized import GROUP_SIZE
 from .sampling import LogitsProcessor, Sampler
 
 __all__ = ["PREFILL_CHUNK", "Decoded", "Decoding", "FinishReason", "LogitsProcessor", "Sampler"]
@@ -31,7 +32,8 @@ class Decoding:
     """Iterate to get `Decoded` tokens of all prompts as they come.
 
     A step has at most `prefill_chunk` rows. Raises RuntimeRefusal for an empty prompt, and for one
-    that does not fit with its `max_tokens` in `num_blocks` blocks.
+    that does not fit with its `max_tokens` in `num_blocks` blocks. `kv_bits`, `kv_group_size`: as
+    for `Engine`.
     """
 
     def __init__(
@@ -46,6 +48,8 @@ class Decoding:
         prefill_chunk: int = PREFILL_CHUNK,
         block_size: int = 16,
         num_blocks: int | None = None,
+        kv_bits: int | None = None,
+        kv_group_size: int = GROUP_SIZE,
     ) -> None:
         for what, number in (("max_tokens", max_tokens), ("prefill_chunk", prefill_chunk)):
             if number < 1:
@@ -59,6 +63,8 @@ class Decoding:
             num_blocks=num_blocks,
             max_rows=prefill_chunk,
             max_running=prefill_chunk,
+            kv_bits=kv_bits,
+            kv_group_size=kv_group_size,
         )
         stop = StopSequences([(token,) for token in eos_token_ids]) if eos_token_ids else None
         self._places: dict[int, int] = {}

@@ -1,6 +1,7 @@
 """Prefixes that left memory, on disk: one file for each block, found by its hash.
 
-A file is written under another name and moved into place when it is complete, so a process that
+A file says what it belongs to (`fingerprint`): one that was put into another's folder is not used.
+It is written under another name and moved into place when it is complete, so a process that
 dies leaves nothing but a temporary file, which the next one removes. A file that cannot be read, or
 whose content is not what its checksum says, is removed and never used.
 """
@@ -21,6 +22,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
+from mlxrewrite.kernels.ops import Quantization
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
@@ -41,13 +43,20 @@ class DiskStats:
     given_up: int = 0  # not written, since the disk was too slow or full
 
 
-def fingerprint(model: Any, block_size: int, dtype: mx.Dtype | None) -> str:
+def fingerprint(
+    model: Any,
+    block_size: int,
+    dtype: mx.Dtype | None,
+    quantization: Quantization | None = None,
+) -> str:
     """What the content of a block depends on beside its tokens, as far as that can be seen.
 
-    Names, shapes and types of all weights, and the first values of each.
+    How it is quantised; names, shapes and types of all weights, and the first values of each.
     """
     digest = hashlib.blake2b(digest_size=12)
-    digest.update(f"1 {block_size} {dtype} {type(model).__module__}".encode())
+    digest.update(f"2 {block_size} {dtype} {type(model).__module__}".encode())
+    if quantization is not None:
+        digest.update(f" {quantization.bits} bits in groups of {quantization.group_size}".encode())
     for name, value in sorted(tree_flatten(model.parameters())):
         digest.update(f"{name} {value.shape} {value.dtype}".encode())
         head = value.reshape(-1)[:16].astype(mx.float32)
@@ -116,7 +125,8 @@ class DiskTier:
             with safe_open(str(path), framework="np") as file:
                 meta = file.metadata() or {}
                 found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if meta.get("block") != digest.hex() or meta.get("checksum") != _checksum(found):
+            about = meta.get("model"), meta.get("block"), meta.get("checksum")
+            if about != (self.folder.name, digest.hex(), _checksum(found)):
                 raise ValueError("another content than was written")
             os.utime(path)
         except (OSError, ValueError, SafetensorError) as problem:
@@ -176,7 +186,8 @@ class DiskTier:
 
     def _write(self, digest: bytes, arrays: dict[str, np.ndarray]) -> None:
         name = digest.hex()
-        data = save(arrays, {"block": name, "checksum": _checksum(arrays)})
+        about = {"model": self.folder.name, "block": name, "checksum": _checksum(arrays)}
+        data = save(arrays, about)
         temporary = self.folder / f"{name}.{os.getpid()}.tmp"
         try:
             with temporary.open("wb") as file:

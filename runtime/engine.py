@@ -34,6 +34,7 @@ from .disk import DiskTier, fingerprint
 from .errors import RuntimeRefusal
 from .extract import check, extract, length_of
 from .memory import Footprint, Load
+from .quantized import GROUP_SIZE, quantization
 from .sampling import Chooser, LogitsProcessor, Row, Sampler, choose
 from .scheduler import Brought, Job, Part, Scheduler
 from .speculative import require_cut_back
@@ -180,8 +181,9 @@ class Engine:
     `kv_memory` bytes; without either as many as the requests at hand need, within what the device
     has, and more when nothing runs and a request needs more. A step has at most `max_rows` rows
     (`max_running` requests at most). `reuse`: equal beginnings are computed once. `dtype` is that
-    of the caches, the model's own by default. `disk` is a folder and a number of bytes: blocks that
-    leave memory go there (`DiskTier`).
+    of the caches, the model's own by default. `kv_bits` (8 or 4) keeps keys and values as codes of
+    so many bits, `kv_group_size` of them with one scale. `disk` is a folder and a number of bytes:
+    blocks that leave memory go there (`DiskTier`).
     """
 
     def __init__(
@@ -195,6 +197,8 @@ class Engine:
         max_running: int = 256,
         reuse: bool = True,
         dtype: mx.Dtype | None = None,
+        kv_bits: int | None = None,
+        kv_group_size: int = GROUP_SIZE,
         drafter: Drafter | None = None,
         observer: Observer | None = None,
         disk: tuple[str | Path, int] | None = None,
@@ -216,6 +220,7 @@ class Engine:
         self._kv_memory = kv_memory
         self._reuse = reuse
         self._dtype = dtype
+        self.quantization = quantization(kv_bits, kv_group_size)
         self._drafter = drafter
         self._observer = observer
         self._disk: DiskTier | None = None
@@ -232,6 +237,8 @@ class Engine:
         self._flight: _Flight | None = None
         self._next = 0
         self._preemptions = 0
+        if self.quantization is not None:
+            self._known()  # refuses a model whose caches are not quantised
         if disk is not None:
             known = self._known()
             if not known.everything or set(known.block_bytes) != {Retention()}:
@@ -239,7 +246,8 @@ class Engine:
                     "disk cache: it needs a model whose layers all have full attention"
                 )
             folder, limit = disk
-            self._disk = DiskTier(folder, limit, fingerprint(model, block_size, dtype))
+            name = fingerprint(model, block_size, dtype, self.quantization)
+            self._disk = DiskTier(folder, limit, name)
         if drafter is not None:
             require_cut_back(self._known().everything)
         if num_blocks is not None or kv_memory is not None:
@@ -346,6 +354,11 @@ class Engine:
             costs[retention] * (cache.num_blocks(retention) - free)
             for retention, free in cache.free_blocks.items()
         )
+
+    @property
+    def position_bytes(self) -> float:
+        """Bytes of one position of one request, in all layers that page it."""
+        return sum(self._known().block_bytes.values()) / self._block_size
 
     @property
     def capacity(self) -> int | None:
@@ -650,7 +663,9 @@ class Engine:
 
     def _known(self) -> Footprint:
         if self._footprint is None:
-            self._footprint = memory.footprint(self.model, self._block_size, self._dtype)
+            self._footprint = memory.footprint(
+                self.model, self._block_size, self._dtype, self.quantization
+            )
         return self._footprint
 
     def _sizes(self, least: int) -> dict[Retention, int]:
@@ -687,6 +702,7 @@ class Engine:
             poison=self._poison,
             shuffle_seed=self._shuffle_seed,
             rollback=self._load.rollback,
+            quantization=self.quantization,
         )
         if self._disk is not None:  # pools are made by the first step, and are to be filled before
             probe = cache.add_sequence()

@@ -11,10 +11,11 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import cache as upstream
 from mlxrewrite.kernels import ops
 from mlxrewrite.kernels.ops import Ragged
+from mlxrewrite.kernels.quantization import Packing, Packings
 
 from .blocks import BlockTable
 from .cache import PagedCache
-from .caches import Spec
+from .caches import Retention, Spec
 from .errors import RuntimeRefusal
 from .memory import Footprint
 from .views import Leaf, StateLeaf
@@ -74,7 +75,10 @@ def check(
             assert spec is not None
             spec = spec.parts[index]
         assert spec is not None and spec.retention is not None
-        if type(entry) is not type(spec.original()):
+        quantised = isinstance(entry, upstream.QuantizedKVCache)
+        if quantised:
+            _check_codes(footprint, spec, entry, path[0])
+        elif type(entry) is not type(spec.original()):
             raise RuntimeRefusal(
                 f"prompt cache entry {path[0]} is a {type(entry).__name__}: expected a "
                 f"{type(spec).__name__}, as make_prompt_cache makes it"
@@ -83,13 +87,29 @@ def check(
             raise RuntimeRefusal(
                 f"prompt cache entry {path[0]} has {entry.offset} positions, expected {length}"
             )
-        if entry.keys is not None and entry.keys.shape[0] != 1:
-            raise RuntimeRefusal(f"prompt caches: expected one text, got {entry.keys.shape[0]}")
-        held = 0 if entry.keys is None else entry.keys.shape[2]
+        keys = entry.keys[0] if quantised and entry.keys is not None else entry.keys
+        if keys is not None and keys.shape[0] != 1:
+            raise RuntimeRefusal(f"prompt caches: expected one text, got {keys.shape[0]}")
+        held = 0 if keys is None else keys.shape[2]
         if held < length - spec.retention.first_needed(length):
             raise RuntimeRefusal(
                 f"prompt cache entry {path[0]} holds {held} positions: too few for {spec}"
             )
+
+
+def _check_codes(footprint: Footprint, spec: Spec, entry: Any, index: int) -> None:
+    """Codes are taken as they are, so they must be those that the pools hold."""
+    how = footprint.quantization
+    if how is None or (how.bits, how.group_size) != (entry.bits, entry.group_size):
+        mine = "has none" if how is None else f"has {how.bits} bits in groups of {how.group_size}"
+        raise RuntimeRefusal(
+            f"prompt cache entry {index} has {entry.bits} bits in groups of {entry.group_size}, "
+            f"and the engine {mine}: give it the same kv_bits and kv_group_size"
+        )
+    if spec.retention != Retention():
+        raise RuntimeRefusal(
+            f"prompt cache entry {index} is a QuantizedKVCache: expected a {type(spec).__name__}"
+        )
 
 
 def restore(cache: PagedCache, footprint: Footprint, caches: Sequence[Any], length: int) -> int:
@@ -139,6 +159,8 @@ def _from_blocks(cache: PagedCache, leaf: Leaf, table: BlockTable, length: int) 
     first = table.dropped * size
     low = first if kept is None else max(first, length - kept)
     pool, dtype = leaf.pool.pool, leaf.pool.rows_dtype
+    if pool.packings is not None and leaf.retention == Retention():
+        return _codes_from_blocks(leaf, pool.packings, table, length)
     values: mx.array | None
     if low < length:
         ragged = Ragged.build([1], [length], [table.blocks], size, [table.dropped])
@@ -167,6 +189,41 @@ def _from_blocks(cache: PagedCache, leaf: Leaf, table: BlockTable, length: int) 
     return found
 
 
+def _codes_from_blocks(leaf: Leaf, packings: Packings, table: BlockTable, length: int) -> Any:
+    """mlx_lm's quantised cache with the very codes of the blocks."""
+    how, count = packings.quantization, -(-length // leaf.pool.block_size)
+    found = upstream.QuantizedKVCache(group_size=how.group_size, bits=how.bits)
+
+    def parts(words: mx.array, packing: Packing) -> tuple[mx.array, ...]:
+        rows = words.flatten(0, 1)[:length].swapaxes(0, 1)[None]
+        codes, scales, biases = packing.parts(rows)
+        dtype = leaf.pool.rows_dtype
+        return mx.contiguous(codes), scales.astype(dtype), biases.astype(dtype)
+
+    keys, values = leaf.pool.read_words(table.blocks[:count])
+    found.keys, found.values = parts(keys, packings.keys), parts(values, packings.values)
+    found.offset = length
+    return found
+
+
+def _codes_to_blocks(cache: PagedCache, leaf: Leaf, entry: Any, table: BlockTable) -> None:
+    """The very codes of mlx_lm's quantised cache, and behind them codes of zeros."""
+    length, size, per_word = entry.offset, cache.block_size, 32 // entry.bits
+    (heads, _, key_words), dtype = entry.keys[0].shape[1:], entry.keys[1].dtype
+    leaf.pool.make_for(heads, key_words * per_word, entry.values[0].shape[3] * per_word, dtype)
+    packings, count = leaf.pool.pool.packings, -(-length // size)
+    assert packings is not None
+
+    def words(arrays: tuple[mx.array, ...], packing: Packing) -> mx.array:
+        codes, scales, biases = (array[0, :, :length] for array in arrays)
+        rows = packing.joined(codes, scales.astype(packing.dtype), biases.astype(packing.dtype))
+        rows = mx.pad(rows.swapaxes(0, 1), [(0, count * size - length), (0, 0), (0, 0)])
+        return rows.reshape(count, size, heads, packing.row_words)
+
+    made = words(entry.keys, packings.keys), words(entry.values, packings.values)
+    leaf.pool.write_words(table.blocks[:count], *made, cache.serial)
+
+
 def _behind(rows: mx.array, count: int) -> mx.array:
     return mx.pad(rows, [(0, 0), (0, 0), (count, 0), (0, 0)])
 
@@ -179,6 +236,9 @@ def _to_blocks(
     write: _Write,
     table: BlockTable,
 ) -> None:
+    if isinstance(entry, upstream.QuantizedKVCache):
+        _codes_to_blocks(cache, leaf, entry, table)
+        return
     keys, values = entry.keys, entry.values
     if isinstance(entry, upstream.RotatingKVCache):
         keys, values = entry._temporal_order(keys), entry._temporal_order(values)
@@ -200,7 +260,11 @@ def block_arrays(cache: PagedCache, block: int) -> dict[str, mx.array]:
         if not leaf.pool.made:
             continue
         ragged = Ragged.build([1], [cache.block_size], [[block]], cache.block_size)
-        keys, values, leaf.pool.pool = ops.gather(leaf.pool.pool, ragged, 0, 0)
+        values: mx.array | None
+        if leaf.pool.quantization is not None:
+            keys, values = leaf.pool.read_words([block])
+        else:
+            keys, values, leaf.pool.pool = ops.gather(leaf.pool.pool, ragged, 0, 0)
         if values is None:
             keys, values = mx.split(keys, [leaf.pool.rank or 0], axis=-1)
         name = ".".join(map(str, path))
@@ -222,13 +286,23 @@ def fill_blocks(cache: PagedCache, sequence: int, blocks: Sequence[dict[str, Any
         if not leaf.pool.made:
             continue
         name, dtype = ".".join(map(str, path)), leaf.pool.pool.dtype
+        table = cache.tables(sequence)[leaf.group]
+        if leaf.pool.quantization is not None:
+            keys, values = (
+                mx.concatenate([mx.array(block[f"{name}.{role}"]) for block in blocks]).view(
+                    mx.uint32
+                )
+                for role in ("keys", "values")
+            )
+            places = table.blocks[start // size : length // size]
+            leaf.pool.write_words(places, keys, values, cache.serial)
+            continue
         keys, values = (
             mx.concatenate([mx.array(block[f"{name}.{role}"]) for block in blocks], axis=2)
             .view(dtype)
             .transpose(2, 1, 0, 3)
             for role in ("keys", "values")
         )
-        table = cache.tables(sequence)[leaf.group]
         ragged = Ragged.build([length - start], [length], [table.blocks], size, [table.dropped])
         write = leaf.pool.write if leaf.pool.rank is None else leaf.pool.write_latents
         write(keys, values, ragged, cache.serial)

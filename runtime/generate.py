@@ -12,6 +12,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .decoding import PREFILL_CHUNK, Decoding, FinishReason, LogitsProcessor, Sampler
 from .errors import RuntimeRefusal
+from .quantized import GROUP_SIZE
 
 Prompt = str | Sequence[int]
 
@@ -49,15 +50,20 @@ def stream_generate(
     prefill_chunk: int = PREFILL_CHUNK,
     block_size: int = 16,
     num_blocks: int | None = None,
+    kv_bits: int | None = None,
+    kv_group_size: int = GROUP_SIZE,
 ) -> Iterator[Piece]:
     """Pieces of text for all prompts as they come.
 
     `prompts` is one prompt or several, each a text or its tokens. `sampler` and `logits_processors`
     are those of mlx_lm's `sample_utils`; greedy without. A prompt ends with one of the tokenizer's
     end tokens, with one of the texts in `stop` (which is not given), or after `max_tokens` tokens.
+    `kv_bits` (8 or 4) keeps keys and values as codes of so many bits, `kv_group_size` of them with
+    one scale.
 
     Raises:
-        RuntimeRefusal: an empty prompt, or one that does not fit in the cache.
+        RuntimeRefusal: an empty prompt, one that does not fit in the cache, or a model whose caches
+            `kv_bits` cannot quantise.
     """
     tokenizer = _wrapped(tokenizer)
     tokens = [_tokens(tokenizer, prompt) for prompt in _several(prompts)]
@@ -71,6 +77,8 @@ def stream_generate(
         prefill_chunk=prefill_chunk,
         block_size=block_size,
         num_blocks=num_blocks,
+        kv_bits=kv_bits,
+        kv_group_size=kv_group_size,
     )
     texts = [tokenizer.detokenizer for _ in tokens]
     stops = [_Stop(stop) for _ in tokens]

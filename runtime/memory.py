@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
+from mlxrewrite.kernels.ops import Quantization
 
 from .cache import PagedCache, cache_retentions
 from .caches import Retention, Spec
 from .errors import RuntimeRefusal
+from .quantized import require_paged
 
 SHARE = 0.9  # of a GPU's memory that weights and blocks may take together; the rest is activations
 HOST_SHARE = 0.5  # of the host's free memory, where the CPU computes
@@ -24,7 +26,7 @@ class Footprint:
     A group that pages nothing costs nothing. `entries` are the cache entries that are paged, by
     index and path, `latents` and `indices` those of them that hold latents and keys to rank,
     `states` those with a slot for each sequence, of `state_bytes` together; `everything` says that
-    there are no others than paged ones.
+    there are no others than paged ones. `quantization` is that of all pools.
     """
 
     block_size: int
@@ -36,12 +38,23 @@ class Footprint:
     state_bytes: int = 0
     latents: frozenset[tuple[int, ...]] = frozenset()
     indices: frozenset[tuple[int, ...]] = frozenset()
+    quantization: Quantization | None = None
 
 
-def footprint(model: object, block_size: int, dtype: mx.Dtype | None = None) -> Footprint:
-    """Build the graph of one token's step and look at the pools that it makes; computes nothing."""
-    cache = PagedCache(model, block_size, num_blocks=1, dtype=dtype)
+def footprint(
+    model: object,
+    block_size: int,
+    dtype: mx.Dtype | None = None,
+    quantization: Quantization | None = None,
+) -> Footprint:
+    """Build the graph of one token's step and look at the pools that it makes; computes nothing.
+
+    Raises RuntimeRefusal, with the entry of the cache list, for a model that keeps something that
+    is not quantised.
+    """
+    cache = PagedCache(model, block_size, num_blocks=1, dtype=dtype, quantization=quantization)
     cache.step({cache.add_sequence(): [0]})
+    require_paged(quantization, cache.specs, cache.leaves)
     costs = dict.fromkeys(cache_retentions(model), 0)
     made = [(key, leaf) for key, leaf in cache.leaves.items() if leaf.pool.made]
     for _, leaf in made:
@@ -62,6 +75,7 @@ def footprint(model: object, block_size: int, dtype: mx.Dtype | None = None) -> 
         size,
         latents,
         indices,
+        quantization,
     )
 
 

@@ -107,6 +107,14 @@ class Metrics:
             blocks.add_metric([group, "kept"], kept)
             blocks.add_metric([group, "free"], allocator.num_free - kept)
         yield blocks
+        how = engine.quantization
+        yield _gauge(
+            "kv_bits", "Of a key or value; 0: in the model's type.", how.bits if how else 0
+        )
+        yield _gauge(
+            "kv_bytes_per_token", "Of a position in all layers that page.", engine.position_bytes
+        )
+        yield _gauge("kv_held_bytes", "Of the blocks that requests hold.", engine.held_bytes)
 
 
 def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:

@@ -8,7 +8,10 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 from mlxrewrite.kernels import ops
-from mlxrewrite.kernels.ops import Ragged
+from mlxrewrite.kernels.ops import Quantization, Ragged
+from mlxrewrite.kernels.quantization import POISON
+
+from .errors import RuntimeRefusal
 
 
 class EntryPool:
@@ -16,9 +19,10 @@ class EntryPool:
 
     The first write makes the pool, from the shapes and the type of what is written; `dtype`
     overrides the type. `lacking` says why no kernel serves its attention, once there was some.
-    With `poison`, blocks that nobody holds are NaN. Latents lie side by side with their rope keys,
-    as keys without values; `rank` is then the width of a latent. Keys that are only ranked
-    (`index`) have no values either.
+    With `quantization` it holds codes, which latents and keys that are only ranked are refused for;
+    `name` says whose it is. With `poison`, blocks that nobody holds are NaN. Latents lie side by
+    side with their rope keys, as keys without values; `rank` is then the width of a latent. Keys
+    that are only ranked (`index`) have no values either.
     """
 
     __slots__ = (
@@ -29,19 +33,29 @@ class EntryPool:
         "dtype",
         "index",
         "lacking",
+        "name",
         "num_blocks",
         "poison",
+        "quantization",
         "rank",
         "serial",
     )
 
     def __init__(
-        self, num_blocks: int, block_size: int, dtype: mx.Dtype | None = None, poison: bool = False
+        self,
+        num_blocks: int,
+        block_size: int,
+        dtype: mx.Dtype | None = None,
+        poison: bool = False,
+        quantization: Quantization | None = None,
+        name: str = "a cache entry",
     ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.dtype = dtype
         self.poison = poison
+        self.quantization = quantization
+        self.name = name
         self.rank: int | None = None
         self.lacking: str | None = None
         self._asked = False
@@ -76,6 +90,7 @@ class EntryPool:
 
         R may be 0: latents without positions.
         """
+        self._require_plain("latents")
         rank = latents.shape[-1]
         if self.made and self.rank != rank:
             raise TypeError(f"latents of {rank} entries are written where {self.rank} lie")
@@ -87,6 +102,7 @@ class EntryPool:
         self, keys: mx.array, values: mx.array, ragged: Ragged | None, serial: int
     ) -> None:
         """Store a step's rows of keys that are only ranked, [T, 1, 1, D]; once per step."""
+        self._require_plain("keys that are only ranked")
         del values  # mlx_lm's caches want some; nobody reads them
         if self.made and not self.index:
             raise TypeError("keys to rank are written where other keys lie")
@@ -105,6 +121,28 @@ class EntryPool:
             self._pool = self._make(keys, values)
         self._pool = ops.write_kv(keys, values, self._pool, ragged)
         self.serial = serial
+
+    def read_words(self, blocks: Sequence[int]) -> tuple[mx.array, mx.array]:
+        """Blocks of codes as they are stored: `ops.read_blocks`."""
+        keys, values, self._pool = ops.read_blocks(self.pool, blocks)
+        return keys, values
+
+    def write_words(
+        self, blocks: Sequence[int], keys: mx.array, values: mx.array, serial: int
+    ) -> None:
+        """Put what `read_words` gave into blocks; once per step, as `write`."""
+        if self.serial == serial:
+            raise RuntimeError("two layers write to one cache entry in the same step")
+        self._pool = ops.write_blocks(self.pool, blocks, keys, values)
+        self.serial = serial
+
+    def make_for(self, kv_heads: int, key_dim: int, value_dim: int, dtype: mx.Dtype) -> None:
+        """Make the pool before any keys arrive, if there is none yet."""
+        if self._pool is None:
+            self._pool = self._make(
+                mx.zeros((1, kv_heads, 1, key_dim), dtype),
+                mx.zeros((1, kv_heads, 1, value_dim), dtype),
+            )
 
     def attend(
         self,
@@ -182,15 +220,25 @@ class EntryPool:
                     f"expected rows of one token, [T, heads, 1, width], got {list(rows.shape)}"
                 )
         self._rows_dtype = keys.dtype
-        pool = ops.new_pool(
-            num_blocks=self.num_blocks,
-            block_size=self.block_size,
-            kv_heads=keys.shape[1],
-            key_dim=keys.shape[3],
-            value_dim=None if values is None else values.shape[3],
-            dtype=self.dtype or keys.dtype,
-        )
+        try:
+            pool = ops.new_pool(
+                num_blocks=self.num_blocks,
+                block_size=self.block_size,
+                kv_heads=keys.shape[1],
+                key_dim=keys.shape[3],
+                value_dim=None if values is None else values.shape[3],
+                dtype=self.dtype or keys.dtype,
+                quantization=self.quantization,
+            )
+        except ValueError as problem:
+            raise RuntimeRefusal(f"kv_bits: {self.name}: {problem}") from None
         return _filled(pool, np.arange(self.num_blocks)) if self.poison else pool
+
+    def _require_plain(self, what: str) -> None:
+        if self.quantization is not None:
+            raise RuntimeRefusal(
+                f"kv_bits: {self.name} keeps {what}, which are not quantised; leave kv_bits out"
+            )
 
 
 def _filled(pool: ops.Pool, blocks: np.ndarray) -> ops.Pool:
@@ -198,7 +246,7 @@ def _filled(pool: ops.Pool, blocks: np.ndarray) -> ops.Pool:
     slots = (blocks[:, None] * pool.block_size + np.arange(pool.block_size)).ravel()
 
     def filled(store: mx.array) -> mx.array:
-        nan = mx.array(float("nan"), store.dtype)
+        nan = mx.array(float("nan") if pool.packings is None else POISON, store.dtype)
         if pool.layout == "pages":
             store[mx.array(blocks.astype(np.int32))] = nan
         else:

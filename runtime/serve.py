@@ -18,12 +18,14 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm import server as upstream
+from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START
 
 from .batch_generator import PagedBatchGenerator
 from .engine import Drafter, Engine
 from .errors import RuntimeRefusal
-from .load import load, model_folder, read_config
-from .memory import device_memory
+from .load import load, load_model, model_folder, read_config
+from .memory import device_memory, footprint
+from .quantized import quantization
 from .rebind import rebound
 from .sampling import Seeded
 from .speculative import ModelDrafter, NgramDrafter
@@ -72,13 +74,16 @@ class _Options:
         add("--ngram", type=int, default=0, metavar="N", help="guess N tokens from the text so far")
         add("--generated", type=Path, help="folder of the rewritten files")
         parser.set_defaults(decode_concurrency=CONCURRENCY)
+        start = DEFAULT_QUANTIZED_KV_START
         parse = functools.partial(argparse.ArgumentParser.parse_args, parser, self._words)
 
         def checked() -> argparse.Namespace:
             got = parse()
-            for name, value in (("--pipeline", got.pipeline), ("--kv-bits", got.kv_bits)):
-                if value:
-                    parser.error(f"{name} is not supported on rewritten models")
+            if got.pipeline:
+                parser.error("--pipeline is not supported on rewritten models")
+            if got.kv_bits is not None and got.quantized_kv_start not in (0, start):
+                parser.error("--quantized-kv-start: pages are quantised from their first position")
+            quantization(got.kv_bits, got.kv_group_size)  # raises RuntimeRefusal
             return got
 
         parser.parse_args = checked  # type: ignore[assignment, method-assign]
@@ -87,6 +92,11 @@ class _Options:
 
 class Provider(upstream.ModelProvider):  # type: ignore[misc]
     """Loads rewritten models; all of them can be batched."""
+
+    def __init__(self, cli_args: Any) -> None:
+        if cli_args.model is not None:
+            _require_caches(cli_args.model, cli_args)
+        super().__init__(cli_args)
 
     def _load(
         self, model_path: str, adapter_path: str | None = None, draft: str | None = None
@@ -178,6 +188,8 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
             reuse=not given.no_prefix_cache,
             observer=self.metrics,
             drafter=drafter,
+            kv_bits=given.kv_bits,
+            kv_group_size=given.kv_group_size,
             disk=None if given.disk_cache is None else (given.disk_cache, given.disk_limit),
             **options,
         )
@@ -215,6 +227,7 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
                 wanted.model = "default_model"
             else:
                 read_config(model_folder(wanted.model))
+                _require_caches(wanted.model, given)
         elif given.model is None:
             raise ValueError("the server was started without a model: name one")
         return super().generate(request, generation_args, progress_callback)
@@ -271,6 +284,22 @@ class Handler(upstream.APIHandler):  # type: ignore[misc]
         except (BrokenPipeError, ConnectionResetError):
             logging.info("The client went away.")
             self.close_connection = True
+
+
+def _require_caches(path: str, given: argparse.Namespace) -> None:
+    """Raise RuntimeRefusal for a model whose caches are not quantised, if they are to be.
+
+    Looks at the model without reading its weights, since the engine's thread could tell nobody.
+    """
+    asked = quantization(given.kv_bits, given.kv_group_size)
+    if asked is not None:
+        model, _ = load_model(
+            model_folder(path),
+            generated=given.generated,
+            lazy=True,
+            trust_remote_code=given.trust_remote_code,
+        )
+        footprint(model, given.block_size, quantization=asked)
 
 
 def _make_sampler(args: Any, tokenizer: Any) -> Any:

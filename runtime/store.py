@@ -44,7 +44,9 @@ class PagedStore:
     ) -> None:
         self.cache = cache
         self._disk = disk
-        self._footprint = known or footprint(cache.model, cache.block_size)
+        self._footprint = known or footprint(
+            cache.model, cache.block_size, quantization=cache.quantization
+        )
         self.stats = StoreStats()
         self._reuse = reuse
         self._index: PrefixIndex | None = None

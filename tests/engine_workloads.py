@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx_lm.generate import StopSequences
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import QuantizedKVCache, make_prompt_cache
 from mlxrewrite.runtime.batch import logits_of
+from mlxrewrite.runtime.cache import PagedCache
 from mlxrewrite.runtime.engine import Engine, Request
 from mlxrewrite.runtime.memory import most_blocks
+from mlxrewrite.runtime.quantized import quantization
 from runtime_models.pairs import make_pair
 
 VOCABULARY = 97
@@ -58,15 +61,57 @@ class _Wanted:
 class Pairs:
     """The models, made once."""
 
+    models: tuple[str, ...] = MODELS
+    options: Mapping[str, Any] = {}
+
     def __init__(self) -> None:
         self._made: dict[str, tuple[Any, Any]] = {}
 
     def __getitem__(self, name: str) -> tuple[Any, Any]:
         if name not in self._made:
-            # One layer says as much about the engine as three.
-            layers = {"num_layers": 1} if name == "plain" else {}
-            self._made[name] = make_pair(name, 1, **layers)
+            self._made[name] = self.make(name)
         return self._made[name]
+
+    def make(self, name: str) -> tuple[Any, Any]:
+        # One layer says as much about the engine as three.
+        layers = {"num_layers": 1} if name == "plain" else {}
+        return make_pair(name, 1, **layers)
+
+
+class QuantisedPairs(Pairs):
+    """The same with heads of 32 and caches of codes. What stands for the original of a model is the
+    original over mlx_lm's own quantised caches, and where mlx_lm has none (windows), the rewritten
+    model over a paged cache of its own, one request and one step."""
+
+    models = (*("plain",) * 5, "shared_windows")
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.options = {"kv_bits": bits, "kv_group_size": 32}
+
+    def make(self, name: str) -> tuple[Any, Any]:
+        wide = {"num_layers": 1} if name == "plain" else {"value_dim": 32}
+        original, rewritten = make_pair(name, 1, width=128, **wide)
+        how = quantization(self.options["kv_bits"], self.options["kv_group_size"])
+        if name == "plain":
+            original.make_cache = lambda: [QuantizedKVCache(32, how.bits) for _ in original.layers]
+            return original, rewritten
+        return _Alone(rewritten, how), rewritten
+
+
+class _Alone:
+    """A rewritten model in the place of an original: one text in one step, nothing reused."""
+
+    def __init__(self, model: Any, how: Any) -> None:
+        self._model, self._how = model, how
+
+    def make_cache(self) -> list[Any]:
+        return []
+
+    def __call__(self, tokens: mx.array, cache: Any) -> mx.array:
+        assert not cache, "prompt caches of windows are not quantised: nothing to compare with"
+        paged = PagedCache(self._model, 64, num_blocks=8, quantization=self._how)
+        return paged.step({paged.add_sequence(): tokens[0].tolist()}, "all")[None]
 
 
 class RandomDrafter:
@@ -98,7 +143,7 @@ class RandomDrafter:
 def run(seed: int, pairs: Pairs) -> Outcome:
     """One random schedule; raises AssertionError where anything is wrong."""
     chance = random.Random(seed)
-    name = chance.choice(MODELS)
+    name = chance.choice(pairs.models)
     original, rewritten = pairs[name]
     wanted = _requests(chance)
     size = chance.randint(1, 8)
@@ -121,6 +166,7 @@ def run(seed: int, pairs: Pairs) -> Outcome:
         drafter=drafter,
         poison=chance.random() < 0.1,
         shuffle_seed=chance.choice((None, seed)),
+        **pairs.options,
     )
     engine._overlap = chance.random() < 0.3  # as on devices whose kernels write in place
     by_name: dict[int, _Wanted] = {}
@@ -142,7 +188,7 @@ def run(seed: int, pairs: Pairs) -> Outcome:
             assert one.reason is None, "a token after the end"
             one.tokens.append(event.token)
             one.reason = event.finish_reason
-            if event.finish_reason and one.request.keep:
+            if event.finish_reason and one.request.keep and not isinstance(original, _Alone):
                 assert event.tokens == [*one.request.prompt, *one.tokens]
                 _check_caches(original, event.caches, event.tokens)
         for progress in result.progress:
@@ -168,8 +214,6 @@ def run(seed: int, pairs: Pairs) -> Outcome:
 
 
 def _groups(model: Any, size: int) -> Any:
-    from mlxrewrite.runtime.cache import PagedCache
-
     return PagedCache(model, size, num_blocks=1).groups
 
 

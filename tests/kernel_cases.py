@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 import numpy as np
 from mlxrewrite.kernels import ops
-from mlxrewrite.kernels.ops import Pool, Ragged
+from mlxrewrite.kernels.ops import Pool, Quantization, Ragged
+from mlxrewrite.kernels.quantization import POISON, Packing
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 # Relative error, |out - exact| / |exact|: what rounding of the output, and on CUDA of the weights
@@ -33,11 +34,17 @@ class Case:
     softcap: float | None = None
     sinks: bool = False
     shared_values: bool = False
+    bits: int = 0
+    code_group: int = 64
     seed: int = 0
 
     @property
     def store(self) -> str:
         return self.pool_dtype or self.dtype
+
+    def packing(self, width: int) -> Packing:
+        how = Quantization(self.bits, self.code_group)
+        return Packing(how, self.kv_heads, width, DTYPES[self.store])
 
 
 @dataclass(frozen=True)
@@ -80,18 +87,30 @@ def make(case: Case) -> Made:
 
     widths = [case.key_dim] if case.shared_values else [case.key_dim, case.value_dim]
     pages, steps, wholes = [page(w) for w in widths], [], []
+    packed = []
     for width, store in zip(widths, pages, strict=True):
         new, whole = [], []
+        if case.bits:
+            packing = case.packing(width)
+            words = np.full((total, packing.block_words(size)), POISON, np.uint32)
+            packed.append(words)
         for i, (rows, context) in enumerate(zip(case.query_lens, case.context_lens, strict=True)):
-            _, exact = rounded(rng.standard_normal((context, heads, width)), case.store)
-            whole.append(exact)
+            array, exact = rounded(rng.standard_normal((context, heads, width)), case.store)
             new.append(exact[context - rows :])
+            if case.bits:
+                codes = packing.pack(array)
+                exact, row_words = decoded(packing, codes), np.array(codes)
+            whole.append(exact)
             for position in range(dropped[i] * size, context - rows):
                 block = tables[i][position // size - dropped[i]]
-                store[block, position % size] = exact[position]
+                if case.bits:
+                    words[block, packing.index(size)[position % size]] = row_words[position]
+                else:
+                    store[block, position % size] = exact[position]
         steps.append(rounded(np.concatenate(new), case.store)[0])
         wholes.append(whole)
-    stores = [rounded(store, case.store)[0] for store in pages]
+    stores = [mx.array(words) for words in packed]
+    stores = stores or [rounded(store, case.store)[0] for store in pages]
     mx.eval(stores)
     pool = ops.new_pool(
         num_blocks=total,
@@ -101,6 +120,7 @@ def make(case: Case) -> Made:
         value_dim=None if case.shared_values else case.value_dim,
         dtype=DTYPES[case.store],
         layout="pages",
+        quantization=Quantization(case.bits, case.code_group) if case.bits else None,
     )
     pool = replace(pool, keys=stores[0], values=None if case.shared_values else stores[1])
     if case.shared_values:
@@ -120,6 +140,18 @@ def make(case: Case) -> Made:
         wholes[0],
         wholes[1],
     )
+
+
+def decoded(packing: Packing, words: mx.array) -> np.ndarray:
+    """What words stand for, in float64."""
+    codes, *pairs = packing.parts(words)
+    bits = packing.quantization.bits
+    scales, biases = (np.array(pair.astype(mx.float32)).astype(np.float64) for pair in pairs)
+    shifts = np.arange(0, 32, bits, dtype=np.uint32)
+    values = np.array(codes)[..., None] >> shifts & ((1 << bits) - 1)
+    groups = values.reshape(*values.shape[:-2], -1, packing.quantization.group_size)
+    found = groups * scales[..., None] + biases[..., None]
+    return found.reshape(*values.shape[:-2], packing.dim)
 
 
 def first_seen(position: int, window: int | None, chunk: int | None) -> int:

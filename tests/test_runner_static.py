@@ -223,6 +223,8 @@ def described(spec: KernelSpec) -> dict[str, object]:
         rows = getattr(spec, "query_dtype", None) or getattr(spec, "rows_dtype", None)
         if array in ("queries", "keys", "values", "sinks", "output"):
             return DTYPES[str(rows)]
+        if array in POOLS[:2] and getattr(spec, "bits", 0):
+            return mx.uint32
         if array in POOLS:
             return DTYPES[str(getattr(spec, "pool_dtype", None))]
         return FIXED_TYPES.get(array, mx.int32)
@@ -246,7 +248,7 @@ def kinds(names: list[str]) -> list[str]:
     for name in names:
         spec = parse(name)
         flags = [getattr(spec, part.name) for part in fields(spec) if part.type in (bool, "bool")]
-        found.setdefault((spec.template, *flags), name)
+        found.setdefault((spec.template, getattr(spec, "bits", 0), *flags), name)
     return list(found.values())
 
 

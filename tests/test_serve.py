@@ -248,10 +248,20 @@ def test_a_killed_server_starts_again(folder, original, tmp_path) -> None:
 def test_options_that_cannot_be_had_are_refused(folder, capsys) -> None:
     from mlxrewrite.runtime.serve import main
 
-    for words in (["--kv-bits", "4"], ["--pipeline"], ["--unheard"]):
+    for words, message in (
+        (["--pipeline"], "not supported"),
+        (["--unheard"], "unrecognized"),
+        (["--kv-bits", "4", "--quantized-kv-start", "7"], "from their first position"),
+    ):
         with pytest.raises(SystemExit):
             main(["--model", str(folder), *words])
-    assert "not supported" in capsys.readouterr().err
+        assert message in capsys.readouterr().err
+    for words, message in (
+        (["--kv-bits", "5"], "kv_bits: expected 4 or 8, got 5"),
+        (["--kv-bits", "8"], "kv_bits: cache entry 0: keys: heads of 16 are not groups of 64"),
+    ):
+        assert main(["--model", str(folder), *words]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_a_draft_model_changes_nothing(folder, original, tmp_path) -> None:

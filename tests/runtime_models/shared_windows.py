@@ -16,6 +16,7 @@ class ModelArgs(BaseModelArgs):
     width: int = 32
     heads: int = 4
     kv_heads: int = 2
+    value_dim: int = 3
     window: int = 5
     chunk: int = 6
     vocab_size: int = 97
@@ -30,8 +31,8 @@ class Attention(nn.Module):
         self.q = nn.Linear(args.width, args.heads * size, bias=False)
         if not shares:
             self.k = nn.Linear(args.width, args.kv_heads * size, bias=False)
-            self.v = nn.Linear(args.width, args.kv_heads * 3, bias=False)
-        self.o = nn.Linear(args.heads * 3, args.width, bias=False)
+            self.v = nn.Linear(args.width, args.kv_heads * args.value_dim, bias=False)
+        self.o = nn.Linear(args.heads * args.value_dim, args.width, bias=False)
         self.rope = nn.RoPE(size)
         self.sinks = mx.zeros((args.heads,))
 
