@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import random
 import sys
 import types
 from functools import cache
 
 import pytest
-from mutation.corpus import config_names, config_of, mutants
+from mutation.corpus import config_names, config_of, mutants, sample
 from mutation.judge import BUG, INVALID, KEPT, LOUD, MODEL, REFUSED, SILENT, Judge, Verdict
 from mutation.operators import all_operators
 from mutation.report import Row, summary
@@ -49,11 +48,10 @@ def verdicts(config: str, operator: str) -> list[Verdict]:
     return found
 
 
-def sample(config: str, count: int, seed: int) -> list[Row]:
+def judged(config: str, count: int, seed: int) -> list[Row]:
     name = config.split("@", maxsplit=1)[0]
     file = File(name, library().text(name))
-    chosen = list(mutants(library(), config, each=1, seed=seed))
-    chosen = random.Random(f"{seed} {config}").sample(chosen, min(count, len(chosen)))
+    chosen = sample(library(), config, count, seed)
     return [Row.of(mutant, judge(config).of(mutant.texts(file)), file) for mutant in chosen]
 
 
@@ -71,13 +69,13 @@ def test_there_are_enough_operators():
 @pytest.mark.slow
 @pytest.mark.parametrize("config", FILES)
 def test_sample(config):
-    holds(sample(config, EACH, seed=11))
+    holds(judged(config, EACH, seed=11))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [c for c in config_names() if c not in FILES][::4])
 def test_more(config):
-    holds(sample(config, 6, seed=12))
+    holds(judged(config, 6, seed=12))
 
 
 def test_an_unchanged_file_is_kept():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import multiprocessing
 import sys
 import time
@@ -11,10 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .corpus import config_names, config_of, mutants
+from .corpus import EVERY_KIND, config_names, config_of, mutants, sample
 from .judge import BUG, KEPT, SILENT, Judge
 from .operators import all_operators
-from .report import Row, save, summary, table
+from .report import Key, Row, families, load, summary, table
+from .report import add as add_row
 from .source import File
 from .worlds import Library
 
@@ -28,18 +30,22 @@ class Job:
     each: int | None
     seed: int
     limit: int | None
+    known: frozenset[Key] = frozenset()  # judged before
+    until: float = float("inf")  # a time
 
 
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tests.mutation", description=__doc__)
     add = parser.add_argument
-    add("configs", nargs="*", help="names of tiny configs (default: one of every file)")
+    add("configs", nargs="*", help="names of tiny configs (default: every kind)")
+    add("--every-file", action="store_true", help="a config of every file")
     add("--operator", action="append", default=[], help="only this operator, or family:NAME")
     add("--each", type=int, default=1, help="mutants of an operator and file (0: all)")
-    add("--limit", type=int, default=0, help="mutants of a file, chosen by the seed (0: all)")
+    add("--limit", type=int, default=0, help="mutants of a file, by other operators (0: all)")
     add("--seed", type=int, default=0)
     add("--jobs", type=int, default=2)
-    add("--json", type=Path, help="write every row")
+    add("--minutes", type=float, default=float("inf"), help="begin no mutant after that")
+    add("--json", type=Path, help="add every row, a line each; mutants in the file are not run")
     add("--silent", type=Path, help="append every silent mutant as it is found")
     add("--list", action="store_true", help="list the operators")
     got = parser.parse_args(words)
@@ -48,16 +54,18 @@ def main(words: list[str] | None = None) -> int:
             print(f"{operator.name:32} {operator.family:10} {operator.says}")
         return 0
     chosen = _operators(got.operator)
+    start = time.time()
+    rows = load(got.json) if got.json is not None else []
+    known = frozenset(row.key for row in rows)
+    until = start + 60 * got.minutes
     jobs = [
-        Job(config, chosen, got.each or None, got.seed, got.limit or None)
-        for config in got.configs or config_names()
+        Job(config, chosen, got.each or None, got.seed, got.limit or None, known, until)
+        for config in got.configs or (config_names() if got.every_file else EVERY_KIND)
     ]
-    rows: list[Row] = []
-    start = time.monotonic()
     for row in _run(jobs, got.jobs):
         rows.append(row)
-        if got.json is not None and len(rows) % 50 == 0:
-            save(rows, got.json)  # a run that is cut off leaves what it found
+        if got.json is not None:
+            add_row(row, got.json)
         if row.outcome in (SILENT, BUG):
             print(
                 f"{row.outcome}: {row.config} {row.operator} #{row.number} {row.where} "
@@ -67,11 +75,12 @@ def main(words: list[str] | None = None) -> int:
             if got.silent is not None:
                 with got.silent.open("a") as file:
                     file.write(row.text() + "\n\n")
-    if got.json is not None:
-        save(rows, got.json)
     print(table(rows))
+    print(families(rows))
     print(summary(rows))
-    print(f"{time.monotonic() - start:.0f} seconds")
+    print(f"{time.time() - start:.0f} seconds")
+    if time.time() > until:
+        print("the time is over: call again with the same file to go on")
     return 1 if any(row.outcome in (SILENT, BUG) for row in rows) else 0
 
 
@@ -107,17 +116,31 @@ def _listed(job: Job) -> list[Row]:
     return list(run(job))
 
 
+@functools.cache
+def _library() -> Library:
+    return Library()
+
+
 def run(job: Job) -> Iterator[Row]:
     """Judge the mutants of one config, the unchanged file first."""
-    import random
-
     import mlx.core as mx
 
     mx.disable_compile()  # on the CPU it costs a compiler run for every function and shape
     sys.modules.setdefault("hf_olmo", types.ModuleType("hf_olmo"))
-    library = Library()
+    if time.time() > job.until:
+        return
+    library = _library()
     name = job.config.split("@")[0]
     file = File(name, library.text(name))
+    if job.limit is not None and not job.operators:
+        chosen = sample(library, job.config, job.limit, job.seed)
+    else:
+        chosen = list(mutants(library, job.config, job.operators, job.each, job.seed))[: job.limit]
+    chosen = [
+        m for m in chosen if (job.config, m.operator.name, m.number, job.seed) not in job.known
+    ]
+    if not chosen:
+        return
     try:
         judge = Judge(library, name, config_of(job.config), job.seed)
         unchanged = judge.of({name: file.text})
@@ -127,11 +150,10 @@ def run(job: Job) -> Iterator[Row]:
     if unchanged.outcome not in (KEPT, "whole model"):
         print(f"left out: {job.config}: unchanged it is {unchanged}", flush=True)
         return
-    chosen = list(mutants(library, job.config, job.operators, job.each, job.seed))
-    if job.limit is not None and len(chosen) > job.limit:
-        chosen = random.Random(f"{job.seed} {job.config}").sample(chosen, job.limit)
     for mutant in chosen:
-        yield Row.of(mutant, judge.of(mutant.texts(file)), file)
+        if time.time() > job.until:
+            return
+        yield Row.of(mutant, judge.of(mutant.texts(file)), file, job.seed)
 
 
 if __name__ == "__main__":

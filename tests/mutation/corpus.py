@@ -19,6 +19,17 @@ UNRUN = frozenset({"bitnet", "muse_spark"})
 # The unchanged file already gives other logits for other cuts of a prompt (tests/test_configs.py
 # says why), or cannot run on several tokens at once: it is no reference for chunks.
 UNFAIR = frozenset({"olmo", "phi3small"})
+# Every kind, and every way that files are put together: what a run is made of by default.
+EVERY_KIND = (
+    "Klear", "afm7", "baichuan_m1", "bailing_hybrid", "bailing_moe_linear", "cohere2", "dbrx",
+    "deepseek_v2", "deepseek_v3", "deepseek_v32", "exaone4", "falcon_h1", "gear", "gemma2",
+    "gemma3_text", "gemma3n", "gemma4_text", "glm4_moe", "gpt2", "gpt_bigcode", "gpt_oss",
+    "granitemoehybrid", "hunyuan", "iquestloopcoder", "jamba", "kimi_linear", "lfm2", "llama",
+    "llama4_text", "longcat_flash_ngram", "mamba", "mamba2", "mimo_v2_flash", "minicpm3",
+    "minimax_m3_vl", "mixtral", "nanochat", "nemotron_h", "olmo3", "olmo_hybrid", "openelm",
+    "phi3", "plamo", "plamo2", "qwen3_5", "qwen3_next", "recurrent_gemma", "rwkv7", "stablelm",
+    "starcoder2", "step3p5",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,9 +72,8 @@ def mutants(
     """Mutants of the file of a config, at most `each` of an operator, chosen by the seed."""
     name = config.split("@", maxsplit=1)[0]
     file = File(name, library.text(name))
-    for operator in all_operators().values():
-        if operators and operator.name not in operators:
-            continue
+    known = all_operators()
+    for operator in map(known.__getitem__, operators or known):
         changes = list(enumerate(operator.apply(file)))
         if each is not None and len(changes) > each:
             chance = random.Random(f"{seed} {config} {operator.name}")
@@ -72,6 +82,25 @@ def mutants(
             mutant = Mutant(operator, name, config, number, change)
             if valid(mutant, file):
                 yield mutant
+
+
+def sample(library: Library, config: str, count: int, seed: int) -> list[Mutant]:
+    """`count` mutants of the file of a config, each by another operator.
+
+    All operators stand in a circle, shuffled by the seed, and the files take their turns around
+    it: together they come to every operator about as often.
+    """
+    operators = list(all_operators())
+    random.Random(seed).shuffle(operators)
+    names = config_names()
+    start = names.index(config) * count if config in names else 0
+    found: list[Mutant] = []
+    for i in range(len(operators)):
+        if len(found) == count:
+            break
+        name = operators[(start + i) % len(operators)]
+        found += mutants(library, config, (name,), 1, seed)
+    return found
 
 
 def valid(mutant: Mutant, file: File) -> bool:

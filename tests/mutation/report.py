@@ -6,16 +6,16 @@ import difflib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from .corpus import Mutant
 from .judge import BUG, INVALID, KEPT, LOUD, MODEL, OUTCOMES, REFUSED, SILENT, Verdict
 from .operators import all_operators
 from .source import File
 
+Key = tuple[str, str, int, int]  # config, operator, number, seed of weights and schedule
 UNSEEN = 1e-4  # an effect below this changed nothing that the schedule shows
 
 
@@ -23,6 +23,7 @@ UNSEEN = 1e-4  # an effect below this changed nothing that the schedule shows
 class Row:
     """One judged mutant."""
 
+    seed: int
     config: str
     file: str
     operator: str
@@ -37,11 +38,12 @@ class Row:
     diff: str
 
     @staticmethod
-    def of(mutant: Mutant, verdict: Verdict, file: File) -> Row:
+    def of(mutant: Mutant, verdict: Verdict, file: File, seed: int = 0) -> Row:
         diff = ""
         if verdict.outcome in (SILENT, BUG):
             diff = difference(file.text, mutant.texts(file), mutant.file)
         return Row(
+            seed,
             mutant.config,
             mutant.file,
             mutant.operator.name,
@@ -55,6 +57,10 @@ class Row:
             verdict.stepwise,
             diff,
         )
+
+    @property
+    def key(self) -> Key:
+        return self.config, self.operator, self.number, self.seed
 
     @property
     def acts(self) -> bool:
@@ -87,25 +93,43 @@ def difference(before: str, texts: dict[str, str], name: str) -> str:
 
 def table(rows: Iterable[Row]) -> str:
     """Operators by outcome, with totals; `acts` counts mutants that differ from the original."""
+    known = all_operators()
+
+    def family(name: str) -> str:
+        return known[name].family + (" (same)" if known[name].same else "")
+
     rows = list(rows)
-    operators = all_operators()
+    return _table("operator", [(row.operator, row) for row in rows], ("family", family))
+
+
+def families(rows: Iterable[Row]) -> str:
+    """Families of operators by outcome, with totals."""
+    known = all_operators()
+    rows = list(rows)
+
+    def count(family: str) -> str:
+        return str(len({r.operator for r in rows if known[r.operator].family == family}))
+
+    return _table("family", [(known[row.operator].family, row) for row in rows], ("by", count))
+
+
+def _table(
+    title: str, rows: list[tuple[str, Row]], beside: tuple[str, Callable[[str], str]]
+) -> str:
     counts: dict[str, Counter[str]] = {}
-    for row in rows:
-        line = counts.setdefault(row.operator, Counter())
+    for name, row in rows:
+        line = counts.setdefault(name, Counter())
         line[row.outcome] += 1
+        line["mutants"] += 1
         line["acts"] += row.acts
-    head = ["operator", "family", *OUTCOMES, "acts"]
+    columns = (*OUTCOMES, "mutants", "acts")
+    head = [title, beside[0], *columns]
     body = [
-        [
-            name,
-            operators[name].family + (" (same)" if operators[name].same else ""),
-            *(str(line[outcome] or "") for outcome in OUTCOMES),
-            str(line["acts"] or ""),
-        ]
+        [name, beside[1](name), *(str(line[column] or "") for column in columns)]
         for name, line in sorted(counts.items())
     ]
     total: Counter[str] = sum(counts.values(), Counter())
-    body.append(["total", "", *(str(total[o]) for o in OUTCOMES), str(total["acts"])])
+    body.append(["total", "", *(str(total[column]) for column in columns)])
     widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -136,10 +160,14 @@ def _percent(part: int, whole: int) -> str:
     return f"{100 * part / whole:.0f} %" if whole else "none"
 
 
-def save(rows: Iterable[Row], path: Path) -> None:
-    path.write_text(json.dumps([asdict(row) for row in rows], indent=0) + "\n")
+def add(row: Row, path: Path) -> None:
+    """One line of JSON more: a run that is cut off leaves all that it found."""
+    with path.open("a") as file:
+        file.write(json.dumps(asdict(row)) + "\n")
 
 
 def load(path: Path) -> list[Row]:
-    found: list[dict[str, Any]] = json.loads(path.read_text())
-    return [Row(**row) for row in found]
+    """The rows of a file, if there is one; a line that was cut off is left out."""
+    if not path.exists():
+        return []
+    return [Row(**json.loads(line)) for line in path.read_text().split("\n")[:-1] if line]
