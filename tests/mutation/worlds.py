@@ -149,11 +149,18 @@ class Rewritten:
         root.__path__ = []
         sys.modules[package] = root
         finder = _Generated(self, package)
-        sys.meta_path.insert(0, finder)
+        # Files that exist only here are imported by routes that leave imports as they are.
+        own = self.library.package
+        new = {n: t for n, t in self.texts.items() if own.path_of(f"{MODELS}.{n}") is None}
+        beside = _Codes(Original(self.entry, new).codes)
+        sys.meta_path[:0] = [finder, beside]
         try:
             yield importlib.import_module(f"{package}.{self.entry}")
         finally:
             sys.meta_path.remove(finder)
+            sys.meta_path.remove(beside)
+            for name in new:
+                sys.modules.pop(f"{MODELS}.{name}", None)
             for name in [n for n in sys.modules if n == package or n.startswith(f"{package}.")]:
                 del sys.modules[name]
 
