@@ -201,9 +201,9 @@ def attention(
 ) -> tuple[mx.array, Pool]:
     """`ops.attention` on the routes that the policy assigns to the sequences."""
     layer, band = query.layer, query.band
-    goes = ragged.once(
+    goes = ragged.ask(
         ("assignment", layer, band, route),
-        lambda: policy.assign(ragged, layer, band=band, route=route),
+        lambda step: policy.assign(step, layer, band=band, route=route),
     )
     where = launch.active()
     if where != "runner":
@@ -230,17 +230,19 @@ def _decode(
     query: Query, pool: Pool, ragged: Ragged, sequences: tuple[int, ...]
 ) -> tuple[mx.array, Pool]:
     """Row by row: the sequences' rows, [rows, Hq, Dv]."""
-    layer = query.layer
+    layer, window, chunk, band = query.layer, query.window, query.chunk, query.band
     whole = policy.decode_spec(layer, False)
+    some = None if len(sequences) == ragged.num_sequences else sequences
 
-    def make() -> DecodePlan:
-        lengths = np.array(ragged.query_lens)[list(sequences)]
-        seen = np.minimum(np.array(ragged.context_lens)[list(sequences)], query.band or 1 << 30)
+    def make(step: Ragged) -> DecodePlan:
+        chosen = step.everyone if some is None else some
+        lengths = np.array(step.query_lens)[list(chosen)]
+        seen = np.minimum(np.array(step.context_lens)[list(chosen)], band or 1 << 30)
         return decode_plan(
-            ragged,
-            sequences,
-            window=query.window,
-            chunk=query.chunk,
+            step,
+            chosen,
+            window=window,
+            chunk=chunk,
             tile=whole.tile,
             split=policy.split(
                 "decode",
@@ -251,8 +253,8 @@ def _decode(
             ),
         )
 
-    key = ("decode", sequences, query.window, query.chunk, whole.tile, layer.kv_heads)
-    plan = ragged.once(key, make)
+    key = ("decode", some, window, chunk, whole.tile, layer.kv_heads)
+    plan = ragged.ask(key, make)
     inputs = {**query.inputs(pool, ragged), "items": plan.items}
     spec = policy.decode_spec(layer, plan.row_items is not None)
     groups, threads = plan.num_items * layer.kv_heads, 32 * spec.simdgroups
@@ -263,32 +265,32 @@ def _tiled(
     query: Query, pool: Pool, ragged: Ragged, sequences: tuple[int, ...]
 ) -> tuple[mx.array, Pool]:
     """Many rows at a time: the sequences' rows, [rows, Hq, Dv]."""
-    layer, band = query.layer, query.band
+    layer, window, chunk, band = query.layer, query.window, query.chunk, query.band
     whole = policy.tiled_spec(layer, banded=band is not None, partial=False)
+    some = None if len(sequences) == ragged.num_sequences else sequences
 
-    def make() -> TiledPlan:
+    def make(step: Ragged) -> TiledPlan:
+        chosen = step.everyone if some is None else some
         size = 16 * whole.row_tiles
         keys = sum(
-            -(-ragged.query_lens[i] * whole.group // size)
-            * min(ragged.context_lens[i], (band or 1 << 30) + ragged.query_lens[i])
-            for i in sequences
+            -(-step.query_lens[i] * whole.group // size)
+            * min(step.context_lens[i], (band or 1 << 30) + step.query_lens[i])
+            for i in chosen
         )
         return tiled_plan(
-            ragged,
-            sequences,
-            window=query.window,
-            chunk=query.chunk,
+            step,
+            chosen,
+            window=window,
+            chunk=chunk,
             group=whole.group,
             row_tiles=whole.row_tiles,
             tile=whole.tile,
             split=policy.split("tiled", whole.tile, keys, layer.kv_heads),
         )
 
-    key = ("tiled", sequences, query.window, query.chunk, whole.row_tiles, whole.tile, whole.group)
-    plan = ragged.once((*key, layer.kv_heads), make)
-    spans = ragged.once(
-        ("spans", query.window, query.chunk), lambda: row_spans(ragged, query.window, query.chunk)
-    )
+    key = ("tiled", some, window, chunk, whole.row_tiles, whole.tile, whole.group, layer.kv_heads)
+    plan = ragged.ask(key, make)
+    spans = ragged.ask(("spans", window, chunk), lambda step: row_spans(step, window, chunk))
     inputs = {**query.inputs(pool, ragged), "items": plan.items, "row_spans": spans}
     spec = policy.tiled_spec(layer, banded=band is not None, partial=plan.row_items is not None)
     groups, threads = plan.num_items * layer.kv_heads, 32 * spec.simdgroups

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from .ragged import MIN_METADATA, Ragged
+from .ragged import MIN_METADATA, Ragged, rounded
 
 Ints = npt.NDArray[np.int64]
 
@@ -90,7 +90,19 @@ def decode_plan(
     row_items = None
     if ends[-1] > len(rows):
         row_items = packed_ends(ends)
-    return DecodePlan(len(rows), int(ends[-1]), mx.array(items), row_items)
+        # Work of the last item once more, into parts that no row has.
+        items = _filled(ragged, items, items[-1])
+    return DecodePlan(len(rows), len(items), mx.array(items), row_items)
+
+
+def _filled(
+    ragged: Ragged, items: npt.NDArray[np.int32], idle: npt.NDArray[np.int32]
+) -> npt.NDArray[np.int32]:
+    """Items of a split call; where rows are single, so many that the next steps have as many."""
+    if ragged.max_query_len > 1:
+        return items
+    more = np.repeat(idle[None], rounded(len(items)) - len(items), axis=0)
+    return np.concatenate([items, more])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -158,13 +170,16 @@ def tiled_plan(
             items.append(made)
         row_parts += [parts] * length
         outputs += parts * length
-    packed = np.concatenate(items)
+    packed = np.concatenate(items).astype(np.int32)
     split_rows = outputs > len(row_parts)
+    if split_rows:
+        packed = _filled(ragged, packed, np.array([0, 1, 1, tile, -1, 0, 0, 1], np.int32))
+        outputs = outputs if ragged.max_query_len > 1 else rounded(outputs)
     return TiledPlan(
         len(row_parts),
         len(packed),
         outputs,
-        mx.array(packed.astype(np.int32)),
+        mx.array(packed),
         packed_ends(np.cumsum(row_parts)) if split_rows else None,
     )
 

@@ -92,7 +92,7 @@ def assign(
     band: the widest window or chunk of the layer. Raises ValueError if `route` asks for a kernel
     and there is none.
     """
-    everyone = tuple(range(ragged.num_sequences))
+    everyone = ragged.everyone
     lacking = supports(layer)
     if lacking is not None and route == "kernel":
         raise ValueError(f"attention: {lacking}; the gathered route serves it")

@@ -40,6 +40,7 @@ class Ragged:
     dropped: tuple[int, ...]
     block_size: int
     _memo: dict[object, Any] = field(default_factory=dict, repr=False)
+    _asked: dict[object, Callable[[Ragged], Any]] = field(default_factory=dict, repr=False)
 
     @staticmethod
     def build(
@@ -89,6 +90,11 @@ class Ragged:
     def num_sequences(self) -> int:
         return len(self.query_lens)
 
+    @property
+    def everyone(self) -> tuple[int, ...]:
+        """The numbers of all sequences."""
+        return tuple(range(self.num_sequences))
+
     @cached_property
     def num_rows(self) -> int:
         return sum(self.query_lens)
@@ -136,7 +142,7 @@ class Ragged:
     @cached_property
     def block_tables(self) -> mx.array:
         """Block numbers, [S, max blocks], at least MIN_METADATA of them; padding is 0."""
-        width = max(MIN_METADATA, *(len(table) for table in self.tables))
+        width = rounded(max(len(table) for table in self.tables))
         packed = np.zeros((self.num_sequences, width), np.int32)
         for row, table in zip(packed, self.tables, strict=True):
             row[: len(table)] = table
@@ -222,6 +228,23 @@ class Ragged:
         made: T = self._memo[key]
         return made
 
+    def ask(self, key: object, make: Callable[[Ragged], T]) -> T:
+        """What `make` returns of this step, made once; `key` names it and all else it depends on.
+
+        `make` must serve the steps of other rows too: what a forward asks of its step is all that a
+        recorded one needs to know (`mlxrewrite.runtime.recorded`).
+        """
+        if key not in self._asked:
+            self._asked[key] = make
+            self._memo[key] = make(self)
+        made: T = self._memo[key]
+        return made
+
+    @property
+    def asked(self) -> dict[object, Callable[[Ragged], Any]] | None:
+        """All that this step was asked; None where something else was taken from it."""
+        return self._asked if len(self._asked) == len(self._memo) else None
+
     def index(self, sequence: int, low: int, high: int) -> mx.array:
         """Slots of the positions low..high-1 as an int32 array, made once per step."""
         return self.once(
@@ -250,6 +273,12 @@ class Ragged:
             return mx.array(visible)
 
         return self.once(("seen", sequence, low, window, chunk), make)
+
+
+def rounded(count: int) -> int:
+    """A little more than `count`, and at least MIN_METADATA: arrays that grow keep their shape."""
+    step = max(MIN_METADATA, 1 << max(0, count.bit_length() - 4))
+    return max(MIN_METADATA, -(-count // step) * step)
 
 
 def _padded(values: npt.NDArray[np.int64]) -> mx.array:

@@ -18,6 +18,7 @@ from .blocks import BlockAllocator, BlockTable
 from .caches import ArraysCache, KVCache, Retention, Spec, is_spec
 from .errors import OutOfBlocks, RuntimeRefusal, UnknownSequence
 from .pools import EntryPool
+from .recorded import Recorder, filled
 from .rope import sequence_ends
 from .rows import Rows
 from .states import Snapshot, StateTable
@@ -105,6 +106,12 @@ class PagedCache:
         self._serial = 0
         self._stepped = False
         self._store = _Originals(self)
+        self._recorder = Recorder(model, self._leaves, self._views)
+
+    @property
+    def recorder(self) -> Recorder:
+        """Steps of single rows that run without the model's Python."""
+        return self._recorder
 
     @property
     def gathered_layers(self) -> dict[str, str]:
@@ -338,19 +345,42 @@ class PagedCache:
         rows = self._rows(tokens)
         wanted = self._logit_rows(rows, logit_rows)
         self._reserve(rows)
-        batch = self._batch(rows, [tokens[part.sequence] for part in rows], wanted)
-        views = [self._view(spec, batch, entry, ()) for entry, spec in enumerate(self.specs)]
+        self._serial += 1
+        single = rows[-1].stop == len(rows)
         try:
-            with sequence_ends(batch.positions, batches.row_ends(rows)):
-                logits = batches.logits_of(self.model(batch.ids, cache=views))
+            logits = self._recorded(rows, tokens, wanted) if single else None
+            if logits is None:
+                batch = self._batch(rows, [tokens[part.sequence] for part in rows], wanted)
+                with sequence_ends(batch.positions, batches.row_ends(rows)):
+                    made = batches.logits_of(self.model(batch.ids, cache=self._views(batch)))
+                logits = _selected(made, batch)
+                if single:
+                    self._recorder.learn(batch)
         except BaseException:
             for part in rows:
                 self._sequences[part.sequence].broken = True
             raise
-        logits = _selected(logits, batch)
         self._commit(rows)
         self._stepped = True
         return logits[: len(wanted)] if len(wanted) < logits.shape[0] else logits
+
+    def _recorded(
+        self, rows: tuple[Rows, ...], tokens: Mapping[int, Tokens], wanted: Sequence[int]
+    ) -> mx.array | None:
+        """Logits [>= S, V] of a step of single rows that runs without Python, if there is one."""
+        if not self._recorder.ready:
+            return None
+        last, count = rows[-1], filled(len(rows))
+        # More rows like the last one, which write what it writes.
+        rows += tuple(Rows(last.sequence, i, 1, last.position) for i in range(len(rows), count))
+        batch = self._batch(rows, [tokens[part.sequence] for part in rows], range(count))
+        logits = self._recorder.step(batch, batches.row_ends(rows))
+        if logits is None:
+            return None
+        logits = logits.squeeze(1)
+        if list(wanted) == list(range(len(wanted))):
+            return logits
+        return mx.take(logits, mx.array(np.array(wanted, dtype=np.int32)), axis=0)
 
     def arrays(self, states: bool = True) -> list[mx.array]:
         """Everything a later step depends on: evaluate it with each step.
@@ -472,11 +502,10 @@ class PagedCache:
                 if count:
                     table.blocks += group.allocator.allocate(count)
 
-    def _batch(self, rows: tuple[Rows, ...], tokens: list[Tokens], wanted: list[int]) -> Batch:
-        self._serial += 1
+    def _batch(self, rows: tuple[Rows, ...], tokens: list[Tokens], wanted: Sequence[int]) -> Batch:
         total = rows[-1].stop
         # At least one row stays: layers after the selection then never see an empty array.
-        kept = wanted or [total - 1]
+        kept = list(wanted) or [total - 1]
         everything = len(kept) == total and kept == list(range(total))
         ragged = tuple(
             None if group.unused else self._ragged(i, rows) for i, group in enumerate(self._groups)
@@ -501,6 +530,10 @@ class PagedCache:
             self.block_size,
             [table.dropped for table in tables],
         )
+
+    def _views(self, batch: Batch) -> list[View]:
+        """What the model gets in place of its cache list."""
+        return [self._view(spec, batch, entry, ()) for entry, spec in enumerate(self.specs)]
 
     def _view(self, spec: Spec | None, batch: Batch, entry: int, path: tuple[int, ...]) -> View:
         leaf = self._leaves.get((entry, *path))

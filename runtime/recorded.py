@@ -1,0 +1,302 @@
+"""Decode steps without Python: a forward recorded once, and run again on the arrays of other steps.
+
+Building the graph of a step takes the host longer than a GPU takes to compute it, and where every
+sequence has one row the graph is the same at every step: only the contents of a few arrays change.
+So the second step of a shape is traced (`mx.compile`), and later ones run what was traced.
+
+What a forward may depend on is closed off, not searched for: it is traced with a batch that has
+tracers for ids, positions, slots, block tables and work lists, and *nothing else* of its step.
+A mixer that asks for anything more (which sequences, how long they are, their own caches) ends the
+trace, and the model runs as before. So does a model whose modules changed while they were traced,
+or that drew random numbers: a recorded step would not do that again.
+
+Only where writes are in place and ordered by tokens: recorded steps then neither read nor return
+the memory of a pool, only its token. Weights are inputs, so that new ones (adapters, another type)
+count at once. Batches are filled up to a few sizes with copies of their last row, which write what
+that row writes; how many shapes are kept is bounded.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, NoReturn
+
+import mlx.core as mx
+import numpy as np
+from mlx import nn
+from mlxrewrite.kernels import launch, policy
+from mlxrewrite.kernels.ops import Ragged
+
+from . import batch as batches
+from .batch import Batch
+from .rope import sequence_ends
+from .views import Leaf, View
+
+MOST = 64  # shapes that are kept
+Path = tuple[int, ...]
+Made = tuple[tuple[object, Any], ...]  # what a step was asked, and what came of it
+
+
+class NotRecordableError(Exception):
+    """A forward asked for something that only this one step has."""
+
+
+def filled(rows: int) -> int:
+    """The size of batch that so many single rows are filled up to: at most an eighth more."""
+    step = max(1, 1 << max(0, (rows - 1).bit_length() - 3))
+    return -(-rows // step) * step
+
+
+class RecordedRagged:
+    """What a forward may know of a step's blocks while it is traced; stands for a `Ragged`."""
+
+    def __init__(self, rows: int, size: int, slots: mx.array, tables: mx.array, made: Made) -> None:
+        self.num_rows = self.num_sequences = rows
+        self.query_lens = (1,) * rows
+        self.starts = tuple(range(rows + 1))
+        self.everyone = tuple(range(rows))
+        self.max_query_len = 1
+        self.block_size = size
+        self.slot_mapping = slots
+        self.block_tables = tables
+        self._made = dict(made)
+
+    def ask(self, key: object, make: object) -> Any:
+        del make  # it would read this step's lengths
+        if key not in self._made:
+            raise NotRecordableError(f"of its blocks: {key}")
+        return self._made[key]
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise NotRecordableError(f"of its blocks: {name}")
+
+
+class RecordedBatch:
+    """What a forward may know of a step while it is traced; stands for a `Batch`."""
+
+    logit_rows = None
+
+    def __init__(
+        self, ids: mx.array, positions: mx.array, ragged: Sequence[Any], serial: int
+    ) -> None:
+        self.ids = ids
+        self.positions = positions
+        self.ragged = tuple(ragged)
+        self.serial = serial
+        self.num_rows = self.num_logits = ids.shape[0]
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise NotRecordableError(name)
+
+
+@dataclass(slots=True, eq=False)
+class _Shape:
+    """One shape of step; `run` once it was traced, None if it cannot be."""
+
+    run: Callable[..., Any] | None = None
+    failed: bool = False
+
+
+class Recorder:
+    """The recorded steps of one paged cache.
+
+    views: makes what the model gets as its caches from a batch. `lacking` says, once that is known,
+    why no step can be recorded.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        leaves: Mapping[Path, Leaf],
+        views: Callable[[Batch], list[View]],
+        most: int = MOST,
+    ) -> None:
+        self.lacking: str | None = None
+        self.replayed = 0
+        self._model = model
+        self._leaves = leaves
+        self._views = views
+        self._most = most
+        self._asked: tuple[Mapping[object, Callable[[Ragged], Any]], ...] | None = None
+        self._shapes: OrderedDict[object, _Shape] = OrderedDict()
+        self._problem: BaseException | None = None
+
+    @property
+    def recorded(self) -> int:
+        """How many shapes are recorded."""
+        return sum(shape.run is not None for shape in self._shapes.values())
+
+    def learn(self, batch: Batch) -> None:
+        """Look at what a step of single rows asked of its blocks, after it was built."""
+        if self.lacking is not None or self._asked is not None or not policy.writes_in_place():
+            return
+        asked = []
+        for ragged in batch.ragged:
+            if ragged is None or ragged.asked is None:
+                self.lacking = "a mixer reads more of a step than its rows"
+                return
+            asked.append(ragged.asked)
+        self._asked = tuple(asked)
+
+    @property
+    def ready(self) -> bool:
+        return self._asked is not None and self.lacking is None and policy.writes_in_place()
+
+    def step(self, batch: Batch, ends: mx.array) -> mx.array | None:
+        """Logits [T, 1, V] of a step whose sequences all have one row; None: run it as it is.
+
+        The batch is one that was filled up. Raises whatever the model raises.
+        """
+        assert self._asked is not None
+        ragged = [part for part in batch.ragged if part is not None]
+        if len(ragged) != len(self._asked):
+            self.lacking = "a mixer runs once per sequence"
+            return None
+        made = [
+            tuple((key, part.ask(key, make)) for key, make in asked.items())
+            for part, asked in zip(ragged, self._asked, strict=True)
+        ]
+        parts = [_taken_apart([value for _, value in answers]) for answers in made]
+        arrays = [[part.slot_mapping, part.block_tables] for part in ragged]
+        key = (
+            str(mx.default_stream(mx.default_device())),
+            launch.active(),
+            batch.num_rows,
+            getattr(self._model, "training", False),
+            tuple(tables.shape for _, tables in arrays),
+            tuple(still for still, _ in parts),
+        )
+        shape = self._shapes.get(key)
+        if shape is None:  # a shape that never comes again is not worth a trace
+            self._shapes[key] = _Shape()
+            if len(self._shapes) > self._most:
+                self._shapes.popitem(last=False)
+            return None
+        self._shapes.move_to_end(key)
+        if shape.failed:
+            return None
+        leaves = [leaf for leaf in self._leaves.values() if leaf.pool.made]
+        pools = [leaf.pool.pool for leaf in leaves]
+        if shape.run is None:
+            shape.run = self._recording(batch, made, leaves)
+        logits, tokens = shape.run(
+            [batch.ids, batch.positions, ends],
+            [[*two, *moving] for two, (_, moving) in zip(arrays, parts, strict=True)],
+            [[pool.keys, *([] if pool.values is None else [pool.values])] for pool in pools],
+            [pool.token for pool in pools],
+        )
+        problem, self._problem = self._problem, None
+        if problem is not None:
+            shape.run, shape.failed = None, True
+            if not isinstance(problem, Exception):
+                raise problem
+            self.lacking = f"its forward cannot be recorded: {problem}"
+            return None
+        for leaf, pool, token in zip(leaves, pools, tokens, strict=True):
+            leaf.pool.pool = pool.after(token)
+            leaf.pool.serial = batch.serial
+        self.replayed += 1
+        found: mx.array = logits
+        return found
+
+    def _recording(
+        self, batch: Batch, made: Sequence[Made], leaves: Sequence[Leaf]
+    ) -> Callable[..., Any]:
+        """What runs steps of this shape; traced when it is first called, and whenever the weights
+        have other shapes or types."""
+        rows, serial, model = batch.num_rows, batch.serial, self._model
+        sizes = [part.block_size for part in batch.ragged if part is not None]
+
+        def forward(step: Any, blocks: Any, stores: Any, tokens: Any) -> Any:
+            ids, positions, ends = step
+            ragged = [
+                RecordedRagged(rows, size, arrays[0], arrays[1], _answers(answers, arrays[2:]))
+                for size, arrays, answers in zip(sizes, blocks, made, strict=True)
+            ]
+            tracer: Any = RecordedBatch(ids, positions, ragged, serial)
+            held = [(leaf.pool, leaf.pool.pool, leaf.pool.serial) for leaf in leaves]
+            before, random = _attributes(model), _random_state()
+            try:
+                for (entry, pool, _), store, token in zip(held, stores, tokens, strict=True):
+                    values = store[1] if len(store) > 1 else None
+                    entry.pool = replace(pool, keys=store[0], values=values, token=token)
+                    entry.serial = -1
+                with sequence_ends(positions, ends):
+                    logits = batches.logits_of(model(ids, cache=self._views(tracer)))
+                changed = _put_back(before)
+                if changed is not None:
+                    raise NotRecordableError(f"{changed} changes itself")
+                if not np.array_equal(random, _random_state()):
+                    raise NotRecordableError("it draws random numbers")
+                return logits, [entry.pool.token for entry, _, _ in held]
+            except BaseException as problem:
+                # Not raised here: MLX would leave tracers where the weights were.
+                self._problem = problem
+                _put_back(before)
+                return ids, list(tokens)
+            finally:
+                for entry, pool, number in held:
+                    entry.pool, entry.serial = pool, number
+
+        return mx.compile(forward, inputs=[model])
+
+
+def _taken_apart(values: Sequence[Any]) -> tuple[tuple[Any, ...], list[mx.array]]:
+    """What is the same whenever a shape comes again, and the arrays, which are not."""
+    still: list[Any] = []
+    arrays: list[mx.array] = []
+    for value in values:
+        for part in _fields(value):
+            if isinstance(part, mx.array):
+                still.append((part.shape, part.dtype))
+                arrays.append(part)
+            else:
+                still.append(part)
+    return tuple(still), arrays
+
+
+def _answers(made: Made, arrays: Sequence[mx.array]) -> Made:
+    """What came of a step's questions, with other arrays."""
+    left = iter(arrays)
+
+    def exchanged(value: Any) -> Any:
+        parts = [next(left) if isinstance(p, mx.array) else p for p in _fields(value)]
+        return type(value)(*parts) if is_dataclass(value) else parts[0]
+
+    return tuple((key, exchanged(value)) for key, value in made)
+
+
+def _fields(value: Any) -> list[Any]:
+    if is_dataclass(value):
+        return [getattr(value, field.name) for field in fields(value)]
+    return [value]
+
+
+def _random_state() -> np.ndarray:
+    state: Any = mx.random.state
+    return np.array(state[0])
+
+
+_Attributes = list[tuple[nn.Module, dict[str, Any], dict[str, Any]]]
+
+
+def _attributes(model: Any) -> _Attributes:
+    """What the modules of a model hold now."""
+    return [(module, dict(module), dict(vars(module))) for module in model.modules()]
+
+
+def _put_back(before: _Attributes) -> str | None:
+    """Undo what happened to modules; the name of one that held something else, if there is one."""
+    changed = None
+    for module, entries, own in before:
+        for now, then in ((module, entries), (vars(module), own)):
+            if len(now) == len(then) and all(now.get(name) is then[name] for name in then):
+                continue
+            changed = type(module).__name__
+            for name in set(now) - set(then):
+                dict.__delitem__(now, name)
+            for name, value in then.items():
+                dict.__setitem__(now, name, value)
+    return changed
