@@ -263,13 +263,20 @@ def _answers(made: Made, arrays: Sequence[mx.array]) -> Made:
 
     def exchanged(value: Any) -> Any:
         parts = [next(left) if isinstance(p, mx.array) else p for p in _fields(value)]
-        return type(value)(*parts) if is_dataclass(value) else parts[0]
+        return _rebuilt(value, parts)
 
     return tuple((key, exchanged(value)) for key, value in made)
 
 
+def _rebuilt(value: Any, parts: list[Any]) -> Any:
+    if not is_dataclass(value):
+        return parts[0]
+    made: Callable[..., Any] = type(value)
+    return made(*parts)
+
+
 def _fields(value: Any) -> list[Any]:
-    if is_dataclass(value):
+    if is_dataclass(value) and not isinstance(value, type):
         return [getattr(value, field.name) for field in fields(value)]
     return [value]
 

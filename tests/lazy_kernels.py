@@ -84,9 +84,7 @@ def _write(inputs: Mapping[str, mx.array], outputs: Any, count: int) -> list[mx.
 def _copy(inputs: Mapping[str, mx.array], outputs: Any, count: int) -> list[mx.array]:
     pairs, size = inputs["pairs"][:count], inputs["key_pool"].shape[1]
     offsets = mx.arange(size)
-    read, wrote = (
-        (pairs[:, i, None] * size + offsets).flatten()[:, None, None] for i in (0, 1)
-    )
+    read, wrote = ((pairs[:, i, None] * size + offsets).flatten()[:, None, None] for i in (0, 1))
     stores = [
         None
         if store is None

@@ -1,0 +1,229 @@
+"""Recorded decode steps: the same tokens without the model's Python, or no recording at all."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import engine_workloads
+import mlx.core as mx
+import pytest
+from lazy_kernels import lazy_kernels
+from mlx import nn
+from mlx_lm.sample_utils import make_sampler
+from mlxrewrite.runtime.cache import PagedCache
+from mlxrewrite.runtime.engine import Engine, Request
+from mlxrewrite.runtime.recorded import filled
+from runtime_models.pairs import make_pair
+
+PROMPTS = [[random.Random(i).randrange(97) for _ in range(3 + 4 * i)] for i in range(7)]
+
+
+def generate(model: Any, *, record: bool = True, **options: Any) -> tuple[dict, Engine]:
+    engine = Engine(model, block_size=4, num_blocks=120, **options)
+    if not record:
+        engine._make_store(engine._sizes(1))
+        engine.store.cache.recorder.lacking = "not asked for"
+    for i, prompt in enumerate(PROMPTS):
+        engine.add(Request(prompt, max_tokens=8 + 3 * i))
+    return engine.run(), engine
+
+
+@pytest.mark.parametrize("name", ["plain", "shared_windows"])
+def test_the_same_tokens_as_without(name):
+    """Windows, chunks, shared keys, sinks; batches that shrink; splits of the keys."""
+    _, model = make_pair(name, 3)
+    with lazy_kernels():
+        wanted, _ = generate(model, record=False)
+        got, engine = generate(model)
+    recorder = engine.store.cache.recorder
+    assert recorder.lacking is None
+    assert recorder.replayed > engine.stats.steps // 2
+    assert got == wanted == generate(model)[0]
+
+
+def test_python_of_the_model_does_not_run():
+    _, model = make_pair("plain", 3)
+    calls = []
+    original = type(model).__call__
+
+    def counted(self: Any, *args: Any, **words: Any) -> Any:
+        calls.append(1)
+        return original(self, *args, **words)
+
+    with lazy_kernels(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(model), "__call__", counted)
+        _, engine = generate(model)
+    recorder = engine.store.cache.recorder
+    footprint = 1  # one more run measures what blocks cost
+    # Each recorded shape was traced once; its steps run no Python.
+    eager = engine.stats.steps - recorder.replayed
+    assert len(calls) == eager + recorder.recorded + footprint * (engine._footprint is not None)
+
+
+def test_new_weights_count_at_once():
+    """Recorded steps have weights as inputs: as they are now, also in another type."""
+    _, model = make_pair("plain", 3)
+    _, other = make_pair("plain", 4)
+    with lazy_kernels():
+        cache = PagedCache(model, 4, num_blocks=40)
+        sequence = cache.add_sequence()
+        cache.step({sequence: [1, 2, 3]})
+        for token in range(6):
+            cache.step({sequence: [token]})
+        assert cache.recorder.replayed
+        for change in (other.parameters(), _halved(other)):
+            model.update(change)
+            before, eager = cache.recorder.replayed, PagedCache(model, 4, num_blocks=40)
+            fresh = cache.add_sequence()
+            mine = eager.add_sequence()
+            cache.step({fresh: [1, 2, 3]})
+            eager.step({mine: [1, 2, 3]})
+            eager.recorder.lacking = "not asked for"
+            for token in range(3):
+                got, wanted = cache.step({fresh: [token]}), eager.step({mine: [token]})
+                assert mx.allclose(got, wanted, atol=1e-5), (got, wanted)
+            assert cache.recorder.replayed >= before + 2
+            cache.free(fresh)
+
+
+def _halved(model: Any) -> Any:
+    from mlx.utils import tree_map
+
+    return tree_map(lambda a: (a / 2).astype(mx.float32), model.parameters())
+
+
+class _Counting(nn.Module):
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+        self.seen = 0
+
+    def __call__(self, x: mx.array) -> mx.array:
+        self.seen += 1
+        return self.inner(x)
+
+
+class _Remembering(_Counting):
+    def __call__(self, x: mx.array) -> mx.array:
+        out = self.inner(x)
+        self.last = out
+        return out
+
+
+class _Noisy(_Counting):
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.inner(x) + 0 * mx.random.normal((1,))
+
+
+class _Looking(_Counting):
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.inner(x) * (1.0 if x.max().item() < 1e9 else 2.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        (_Counting, "_Counting changes itself"),
+        (_Remembering, "_Remembering changes itself"),
+        (_Noisy, "draws random numbers"),
+        (_Looking, "eval"),
+    ],
+)
+def test_what_cannot_be_recorded_runs_as_before(kind, says):
+    """State in Python, arrays kept from step to step, noise, decisions by value."""
+    _, model = make_pair("plain", 3)
+    wanted, _ = generate(model)
+    layer = model.layers[0]
+    name, inner = next((n, m) for n, m in layer.named_modules() if isinstance(m, nn.Linear))
+    holder = layer
+    *path, last = name.split(".")
+    for part in path:
+        holder = getattr(holder, part)
+    setattr(holder, last, kind(inner))
+    with lazy_kernels():
+        got, engine = generate(model)
+    recorder = engine.store.cache.recorder
+    assert got == wanted
+    assert recorder.replayed == 0
+    assert says in recorder.lacking
+    for _, value in nn.utils.tree_flatten(model.parameters()):
+        mx.eval(value)  # no tracer was left behind
+
+
+def test_states_and_sequences_of_their_own_run_as_before():
+    _, model = make_pair("hybrid", 3)
+    with lazy_kernels():
+        got, engine = generate(model)
+    assert engine.store.cache.recorder.replayed == 0
+    assert engine.store.cache.recorder.lacking
+    assert got == generate(model)[0]
+
+
+def test_rows_are_not_wanted_of_all():
+    """Logits come in the order of the sequences, of those that are wanted."""
+    _, model = make_pair("plain", 3)
+    found = []
+    with lazy_kernels():
+        for record in (True, False):
+            cache = PagedCache(model, 4, num_blocks=60)
+            names = [cache.add_sequence() for _ in range(11)]
+            cache.step({name: [name, name + 1, 5] for name in names})
+            for token in range(4):
+                if not record:
+                    cache.recorder.lacking = "not asked for"
+                cache.step({name: [token] for name in names})
+            some = {name: [0] for name in names[::3]}
+            found.append(cache.step({name: [name] for name in names}, some))
+            found.append(cache.step({name: [name] for name in names}, {}))
+            found.append(cache.step({name: [name] for name in names}))
+            assert bool(cache.recorder.replayed) == record
+    for got, wanted, count in zip(found[:3], found[3:], (4, 0, 11), strict=True):
+        assert got.shape == wanted.shape == (count, 97)
+        assert count == 0 or mx.allclose(got, wanted, atol=1e-5)
+
+
+def test_shapes_are_bounded():
+    _, model = make_pair("plain", 3)
+    with lazy_kernels():
+        cache = PagedCache(model, 4, num_blocks=200)
+        cache.recorder._most = 3
+        names = [cache.add_sequence() for _ in range(12)]
+        cache.step({name: [1, 2] for name in names})
+        for count in (1, 2, 3, 4, 5, 6, 12):
+            for token in range(3):
+                cache.step({name: [token] for name in names[:count]})
+        assert len(cache.recorder._shapes) == 3
+        assert cache.recorder.recorded == 3
+
+
+def test_sizes_of_batches():
+    sizes = [filled(rows) for rows in range(1, 257)]
+    assert all(rows <= size <= rows * 1.25 for rows, size in enumerate(sizes, 1))
+    assert sizes == sorted(sizes)
+    assert len(set(sizes)) <= 40
+
+
+def test_draws_go_on():
+    """Samplers draw outside of what is recorded."""
+    _, model = make_pair("plain", 3)
+    results = []
+    with lazy_kernels():
+        for record in (True, False):
+            mx.random.seed(5)
+            engine = Engine(model, block_size=4, num_blocks=100)
+            engine._make_store(engine._sizes(1))
+            if not record:
+                engine.store.cache.recorder.lacking = "not asked for"
+            engine.add(Request([1, 2, 3], max_tokens=20, sampler=make_sampler(1.0)))
+            results.append(engine.run())
+    assert results[0] == results[1]
+    assert len(set(next(iter(results[0].values())))) > 3
+
+
+def test_random_workloads():
+    """What the engine must do holds with recorded steps and steps that overlap."""
+    pairs = engine_workloads.Pairs()
+    with lazy_kernels():
+        for seed in range(900, 906):
+            engine_workloads.run(seed, pairs)
