@@ -18,8 +18,28 @@ from .program import Program
 POSITIONS = "position_ids"
 _GIVEN = frozenset({"self", "inputs", "input_ids", "inputs_embeds", "cache", POSITIONS})
 _FIRST_ROW = "mlx_vlm.models.base.cache_position_offset"
-# Kinds whose caches are keys and values alone: what a language model of mlx_vlm can page so far.
-_PAGED = frozenset({"softmax_attention", "handwritten_softmax", "repeated_keys"})
+# Which of these ropes a model has is in its config: the runtime looks at them when it is loaded.
+_ROPES = "mlx_vlm.models.rope_utils"
+# Kinds whose caches the runtime keeps for language models of mlx_vlm.
+_PAGED = frozenset(
+    {
+        "block_sparse",
+        "convolved_keys",
+        "gated_delta",
+        "gated_linear_recurrence",
+        "handwritten_softmax",
+        "kimi_delta",
+        "latent_mla",
+        "linear_attention",
+        "repeated_keys",
+        "selective_scan",
+        "short_conv",
+        "softmax_attention",
+        "sparse_selection",
+        "state_space_dual",
+        "token_shift_mixing",
+    }
+)
 _ENCODED = frozenset({"decoder_input_ids", "encoder_outputs"})
 _SETUP = frozenset({"__init__", "__post_init__", "sanitize", "shard", "from_dict"})
 _HOST = frozenset({"item", "tolist"})
@@ -72,7 +92,7 @@ def language_reasons(
         message = f"no class that `{entry.name}` is built from is known to mix tokens"
         reasons.append(Diagnostic("no-kind", message, where))
     for match in kernels:
-        if match.route != "kernel" or match.kind not in _PAGED:
+        if match.kind not in _PAGED:
             name = match.class_name.rsplit(".", 1)[-1]
             message = f"`{name}` ({match.kind}) has no kernel for mlx_vlm's caches"
             reasons.append(Diagnostic("cache-class", message, where))
@@ -86,13 +106,19 @@ def language_reasons(
             reasons.append(Diagnostic("no-entry", message, where))
     explicit = _takes_positions(found[1])
     called = _called(program, reachable.values())
+    handed = _handed(program, reachable.values())
     for cls in reachable.values():
         for owner in program.lineage(cls):
             for name, method in owner.methods.items():
                 if name == "__call__" or name in called:
                     entry_forward = method is found[1]
                     reasons += _host_positions(
-                        program, owner, method, top=entry_forward, explicit=explicit
+                        program,
+                        owner,
+                        method,
+                        top=entry_forward,
+                        explicit=explicit,
+                        handed=frozenset() if owner.module == _ROPES else handed,
                     )
     return reasons
 
@@ -205,14 +231,40 @@ def _called(program: Program, classes: Iterable[ClassFacts]) -> frozenset[str]:
 # --------------------------------------------------------------------------- positions
 
 
+def _handed(program: Program, classes: Iterable[ClassFacts]) -> frozenset[str]:
+    """Keywords under which some method hands a position on."""
+    return frozenset(
+        name
+        for cls in classes
+        for owner in program.lineage(cls)
+        for method in owner.methods.values()
+        for effect in method.calls()
+        for value in effect.value.walk()
+        if value.op == "call"
+        for name, given in zip(value.data, value.args[1:], strict=False)
+        if name not in (None, "*", "**") and _is_position(given)
+    )
+
+
 def _host_positions(
-    program: Program, cls: ClassFacts, method: Method, *, top: bool, explicit: bool
+    program: Program,
+    cls: ClassFacts,
+    method: Method,
+    *,
+    top: bool,
+    explicit: bool,
+    handed: frozenset[str] = frozenset(),
 ) -> Iterator[Diagnostic]:
     """Places that take one position for all rows: numbers of the host, tests, entry 0.
 
     `top` is the entry's forward. If it gets position ids (`explicit`), the offset that mlx_vlm's
-    helper reads for prompts without them is not used.
+    helper reads for prompts without them is not used. Parameters of the names in `handed` are
+    positions too.
     """
+
+    def position(value: Value) -> bool:
+        return _is_position(value, handed=handed)
+
     source = program.modules[cls.module].source
     for value in _live_values(method, top=top):
         message = None
@@ -220,38 +272,40 @@ def _host_positions(
             callee = value.args[0]
             given = callee.args if callee.op == "attr" else value.args[1:2]
             named = callee.data if callee.op == "attr" else callee_name(program, value)
-            if named in _EXTREMES and any(_is_position(part) for part in given):
+            if named in _EXTREMES and any(position(part) for part in given):
                 message = "the largest or smallest position, for all rows"
-            elif callee.op == "attr" and callee.data in _HOST and _is_position(callee.args[0]):
+            elif callee.op == "attr" and callee.data in _HOST and position(callee.args[0]):
                 message = f"`.{callee.data}()` of a position: rows have one each"
             elif callee_name(program, value) == "builtins.int" and len(value.args) == 2:
-                if _is_position(value.args[1]):
+                if position(value.args[1]):
                     message = "`int` of a position: rows have one each"
             elif callee_name(program, value) == _FIRST_ROW and not (top and explicit):
                 message = "one position for all rows"
         elif value.op == "index" and value.args[1].op == "const":
-            if _is_position(value.args[0]) and type(value.args[1].data) is int:
+            if position(value.args[0]) and type(value.args[1].data) is int:
                 message = "the position of one row, for all rows"
         elif value.op == "compare" and set(value.data) & _ORDERS:
-            if any(_is_position(part) for part in value.args):
+            if any(position(part) for part in value.args):
                 message = "a test of a position decides for all rows"
         if message is not None:
             yield Diagnostic("position-special", message, place(source, value.span))
 
 
-def _is_position(value: Value, depth: int = 0) -> bool:
+def _is_position(value: Value, depth: int = 0, handed: frozenset[str] = frozenset()) -> bool:
     """The value is an offset of a cache, or computed from it and numbers."""
     if depth > 8:
         return False
     if value.op == "attr":
         return bool(value.data == "offset")
+    if value.op == "param":
+        return value.data[1] in handed
     if value.op == "phi":
-        return any(_is_position(part, depth + 1) for part in value.args[1:])
+        return any(_is_position(part, depth + 1, handed) for part in value.args[1:])
     if value.op in ("binary", "unary", "item", "index"):
-        return any(_is_position(part, depth + 1) for part in value.args)
+        return any(_is_position(part, depth + 1, handed) for part in value.args)
     if value.op == "call" and value.args[0].op == "global":
         made = value.args[0].data == "mlx.core.array"
-        return made and any(_is_position(part, depth + 1) for part in value.args[1:2])
+        return made and any(_is_position(part, depth + 1, handed) for part in value.args[1:2])
     return False
 
 

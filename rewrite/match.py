@@ -207,7 +207,7 @@ class Mixer:
             if callee_name(self.program, effect.value) in wanted
         ]
 
-    def calls_into(self, prefix: str) -> list[Effect]:
+    def calls_into(self, prefix: str | tuple[str, ...]) -> list[Effect]:
         return [
             effect
             for method in self.methods

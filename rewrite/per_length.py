@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from .batchwise import joins_sequences
@@ -13,6 +13,8 @@ from .per_sequence import per_sequence
 
 SITE = "per_length"
 CONVOLUTION = "mlx.nn.Conv1d"
+# mlx_vlm's recurrences can read and write a cache by themselves, and keep more than one state.
+_ELSEWHERE = frozenset({"*", "**", "cache", "cache_index", "state_steps"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,16 +29,19 @@ class Ops:
         return bool(self.sites)
 
 
-def recurrences(mixer: Mixer, calls: Iterable[Effect], name: str, op: str, kind: str) -> Ops:
+def recurrences(
+    mixer: Mixer, calls: Iterable[Effect], names: Collection[str], op: str, kind: str
+) -> Ops:
     """A library's recurrence becomes an op that takes the same arguments.
 
-    `name` is the library's function; calls of others, and calls with unpacked arguments, stay.
+    `names` are the library's function; calls of others stay, and so do calls with unpacked
+    arguments, and those that leave the state to a cache.
     """
     sites: list[Site] = []
     edits: list[Edit] = []
     for effect in calls:
         call = effect.value
-        if callee_name(mixer.program, call) != name or {"*", "**"} & set(call.data):
+        if callee_name(mixer.program, call) not in names or _ELSEWHERE & set(call.data):
             continue
         text = f"{kind} works out a prompt in chunks, and a token in one step"
         edits.append(site_comment(mixer.source, effect, text, kind))

@@ -12,8 +12,8 @@ from .program import Program
 _CONVOLUTIONS = frozenset(
     {"mlx.nn.Conv1d", "mlx.core.conv1d", "mlx.core.conv_general", "mlx.nn.Conv2d"}
 )
-_DELTA = "mlx_lm.models.gated_delta.gated_delta"
-_LIBRARIES = ("mlx_lm.models.gated_delta.gated_delta", "mlx_lm.models.ssm.")
+_DELTA = ("mlx_lm.models.gated_delta.gated_delta", "mlx_vlm.models.gated_delta.gated_delta")
+_LIBRARIES = (*_DELTA, "mlx_lm.models.ssm.", "mlx_vlm.models.ssm.")
 
 
 class Reach:

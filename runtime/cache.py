@@ -610,7 +610,12 @@ def cache_retentions(model: Any) -> list[Retention]:
 
 
 def fresh_caches(model: Any, specs: Sequence[Spec | None]) -> list[Any]:
-    """Original caches for one sequence, in the structure of the cache list."""
+    """Original caches for one sequence, in the structure of the cache list.
+
+    A model with `original_caches` makes them itself.
+    """
+    if hasattr(model, "original_caches"):
+        return list(model.original_caches())
     own = model.make_cache() if any(spec is None for spec in specs) else []
     return [own[i] if spec is None else spec.original() for i, spec in enumerate(specs)]
 

@@ -37,6 +37,7 @@ class Manifest:
     route: str
     refused: tuple[str, ...]
     contract: Mapping[str, Any] | None = None  # of a language model inside a larger one
+    kinds: frozenset[str] = frozenset()
 
 
 def generated_folder(chosen: str | Path | None = None, package: str = PACKAGE) -> Path:
@@ -197,6 +198,7 @@ def _read(record: Path) -> Manifest:
             got["route"],
             tuple(refused),
             got.get("contract"),
+            frozenset(item["kind"] for item in got["classes"]),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         raise NotGenerated(

@@ -152,6 +152,11 @@ class PagedView(View):
 class KVView(PagedView):
     __slots__ = ()
 
+    @property
+    def state(self) -> tuple[Handle, Handle]:
+        """mlx_vlm reads under this name what another layer wrote in this step."""
+        return self.keys_and_values()
+
 
 class RotatingView(PagedView):
     __slots__ = ()

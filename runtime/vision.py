@@ -32,10 +32,21 @@ from .views import View
 
 PACKAGE = "mlx_vlm"
 _MODELS = "mlx_vlm.models."
+# Routes of files whose classes run on rows of many sequences.
+BY_ROWS = ("kernel", "gathered", "per-sequence")
+# Kinds whose pages hold latents: what an original cache holds has another form.
+_LATENT = frozenset({"latent_mla", "sparse_selection"})
 # These take the largest position of a batch for all rows, to choose between two sets of factors.
 _ONE_LENGTH_ROPES = (rope_utils.SuScaledRoPE,)
 
-for _name in ("KVCache", "RotatingKVCache", "ChunkedKVCache", "ArraysCache", "CacheList"):
+for _name in (
+    "KVCache",
+    "ConcatenateKVCache",
+    "RotatingKVCache",
+    "ChunkedKVCache",
+    "ArraysCache",
+    "CacheList",
+):
     getattr(specs, _name).register(getattr(own_caches, _name))
 
 ROUGH = 0.25  # of the spread of logits: above rounding of 16 bits, below any mistake
@@ -77,8 +88,8 @@ class _Swap:
 class VisionModel:
     """A model of mlx_vlm as `PagedCache` takes it: rewritten, or once per sequence.
 
-    `route` is "kernel" or "model" (the whole language model once per sequence), `why` says why not
-    the kernel. `whole` asks for the latter.
+    `route` is that of the rewritten file, or "model" (the whole language model once per sequence);
+    `why` says why the latter. `whole` asks for it.
     """
 
     def __init__(
@@ -93,7 +104,8 @@ class VisionModel:
         self._fresh = self._read_state()
         if whole:
             self.why = self.why or "asked for"
-        if not self.why and self.takes_positions and not self._gives_positions():
+        told = any("_rope_deltas" in names for _, names in self._state)
+        if not self.why and self.takes_positions and not (told or self._gives_positions()):
             self.why = "its positions are made while it runs"
         if not self.why and not self._embeds_alike():
             self.why = "its prompts are embedded in another way than the tokens that follow"
@@ -135,8 +147,19 @@ class VisionModel:
         return bool(np.abs(wanted - got).max() <= ROUGH * wanted.std())
 
     @property
+    def rewritten(self) -> bool:
+        """The language model runs on rows of many sequences."""
+        return not self.why
+
+    @property
     def route(self) -> str:
-        return "model" if self.why else "kernel"
+        return "model" if self.manifest is None or self.why else self.manifest.route
+
+    @property
+    def _kept_otherwise(self) -> bool:
+        """Some class keeps what an original cache holds in another form, or in original caches."""
+        kinds = self.manifest.kinds if self.manifest is not None else frozenset()
+        return self.route == "per-sequence" or bool(kinds & _LATENT)
 
     @property
     def takes_positions(self) -> bool:
@@ -145,9 +168,9 @@ class VisionModel:
         return bool(contract and contract["positions"])
 
     def make_cache(self) -> list[Any]:
-        """Specs of the caches on the kernel route, else mlx_vlm's own caches."""
+        """Specs of the caches if the model is rewritten, else mlx_vlm's own caches."""
         made = own_caches.make_prompt_cache(self.language)
-        if self.route == "model":
+        if not self.rewritten:
             return list(made)
         return [_spec(entry) for entry in made]
 
@@ -255,8 +278,8 @@ class VisionModel:
 
         So it is if the language model looks at nothing but embeddings and positions.
         """
-        if self.route != "kernel" or not prepared.images:
-            return self.route == "kernel"
+        if not self.rewritten or not prepared.images:
+            return self.rewritten
         assert self.manifest is not None and self.manifest.contract is not None
         reads = set(self.manifest.contract["reads"])
         wanted = set(prepared.features) if "**" in reads else set(prepared.features) & reads
@@ -271,7 +294,7 @@ class VisionModel:
     def __call__(self, ids: mx.array, cache: list[View]) -> mx.array:
         """Logits of the wanted rows of a step, [S, 1, V]."""
         batch = cache[0].batch
-        if self.route == "model":
+        if not self.rewritten:
             return self._once_per_sequence(ids, cache)
         before = self._read_state(top=True)
         given: dict[str, Any] = {}
@@ -376,18 +399,25 @@ class VisionModel:
     def read_alone(self, cache: PagedCache, prompt: Prepared) -> tuple[int, mx.array]:
         """Read a whole prompt by the original model and page its keys: the sequence, logits [1, V].
 
-        For prompts whose masks or features have no form by rows.
+        For prompts whose masks or features have no form by rows. Raises RuntimeRefusal where the
+        caches have no form in pages.
         """
+        if self._kept_otherwise:
+            raise RuntimeRefusal(
+                "a prompt with images that this model cannot read row by row: its caches have "
+                "another form in pages; use VisionModel(model, whole=True)"
+            )
         originals = self.original_caches()
         logits = self.run_one(prompt, mx.array([prompt.ids], mx.int32), originals, 0)[:, -1]
         mx.eval(logits, [entry.state for entry in originals])
         self._after_original(prompt)
         sequence = cache.begin(len(prompt))
         cache.open_step()
+        for path, held in cache.states.items():
+            entry = _at(originals, path)
+            held.table.restore(sequence, [entry[index] for index in range(held.table.size)])
         for path, leaf in cache.leaves.items():
-            entry = originals[path[0]]
-            for index in path[1:]:
-                entry = entry[index]
+            entry = _at(originals, path)
             table = cache.tables(sequence)[leaf.group]
             count = len(prompt) - table.dropped * cache.block_size
             keys, values = _in_order(entry, len(prompt), count)
@@ -399,7 +429,8 @@ class VisionModel:
         return sequence, logits
 
     def _after_original(self, prompt: Prepared) -> None:
-        """Position ids that the model only made while it ran."""
+        """Position ids that the model only made while it ran. Raises RuntimeRefusal if it does not
+        tell how they go on."""
         if not self.takes_positions or prompt.positions is not None:
             return
         for (_, name), value in prompt.state.items():
@@ -407,6 +438,8 @@ class VisionModel:
                 prompt.delta = int(np.array(value).ravel()[0])
                 # Only positions behind the prompt are asked for from now on.
                 prompt.positions = np.zeros((3, len(prompt)), np.int64)
+                return
+        raise RuntimeRefusal("the model does not tell the positions behind a prompt with images")
 
     # ------------------------------------------------------------------ state
 
@@ -416,12 +449,13 @@ class VisionModel:
             if top and index:
                 break
             for name in names:
-                found[index, name] = getattr(module, name, None)
+                value = getattr(module, name, None)
+                found[index, name] = value if top else _own(value)
         return found
 
     def _write_state(self, state: State) -> None:
         for (index, name), value in state.items():
-            setattr(self._state[index][0], name, value)
+            setattr(self._state[index][0], name, _own(value))
 
 
 # What language models read only to find the positions that they are given.
@@ -440,7 +474,7 @@ def _manifest(language: Any, generated: str | Path | None) -> tuple[Manifest | N
         if (generated_folder(generated, PACKAGE) / f"{name}.json").is_file():
             raise
         return None, str(problem)
-    if manifest.route != "kernel":
+    if manifest.route not in BY_ROWS:
         return manifest, "its file is not rewritten"
     contract = manifest.contract or {}
     if contract.get("entry") != f"{cls.__module__}.{cls.__qualname__}":
@@ -475,6 +509,12 @@ def _spec(entry: Any) -> Any:
         return specs.RotatingKVCache(entry.max_size, entry.keep)
     if type(entry) is own_caches.ChunkedKVCache:
         return specs.ChunkedKVCache(entry.chunk_size)
+    if type(entry) is own_caches.ConcatenateKVCache:
+        return specs.ConcatenateKVCache()
+    if type(entry) is own_caches.ArraysCache:
+        return specs.ArraysCache(len(entry.cache))
+    if type(entry) is own_caches.CacheList:
+        return specs.CacheList(*map(_spec, entry.caches))
     return entry
 
 
@@ -500,12 +540,25 @@ def _state_places(language: Any, manifest: Manifest | None) -> list[tuple[Any, t
     return places
 
 
+def _own(value: Any) -> Any:
+    """A copy of a container that others may add to; everything else as it is."""
+    return value.copy() if type(value) in (list, dict, set) else value
+
+
 def _holds_modules(value: Any) -> bool:
     if isinstance(value, nn.Module):
         return True
     if isinstance(value, list | tuple):
         return any(_holds_modules(part) for part in value)
     return isinstance(value, dict) and any(_holds_modules(part) for part in value.values())
+
+
+def _at(caches: list[Any], path: tuple[int, ...]) -> Any:
+    """An entry of a cache list, or a part of one."""
+    entry = caches[path[0]]
+    for index in path[1:]:
+        entry = entry[index]
+    return entry
 
 
 def _in_order(entry: Any, length: int, count: int) -> tuple[mx.array, mx.array]:

@@ -160,7 +160,7 @@ def decode(
             index = waiting.pop(0)
             prompt = prompts[index]
             whole = not model.by_rows(prompt)
-            if not (whole and model.route == "kernel"):
+            if not (whole and model.rewritten):
                 one = _Running(index, prompt, cache.add_sequence(), whole)
                 model.attach(one.sequence, prompt)
                 active.append(one)

@@ -157,7 +157,7 @@ def mixed(
             case = cases[index]
             prompt = model.prepare(case.prompt, **case.inputs)
             whole[index] = not model.by_rows(prompt)
-            if whole[index] and model.route == "kernel":
+            if whole[index] and model.rewritten:
                 names[index], logits = model.read_alone(cache, prompt)
                 rows[index].append(logits)
                 fed[index] = len(case.prompt)

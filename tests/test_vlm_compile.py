@@ -144,6 +144,22 @@ def test_one_position_for_all_rows_is_no_kernel(tmp_path, old, new):
     assert "position-special" in slugs(done)
 
 
+ROPE = """
+class Rope(nn.Module):
+    def __call__(self, x, offset=0):
+        if isinstance(offset, mx.array):
+            offset = offset.max().item()
+        return x * mx.cos(mx.arange(offset, offset + x.shape[2]))[:, None]
+
+
+class Attention"""
+
+
+def test_a_class_that_is_handed_positions_may_not_take_one_for_all_rows(tmp_path):
+    text = LANGUAGE.replace("nn.RoPE(args.width)", "Rope()").replace("\nclass Attention", ROPE, 1)
+    assert "position-special" in slugs(compiled(tmp_path, text))
+
+
 def test_a_branch_that_needs_more_than_the_runtime_passes_is_dead(tmp_path):
     text = LANGUAGE.replace(
         "        h = self.embed",

@@ -1,7 +1,8 @@
 """gated_delta: gated delta net, one decay per head.
 
-Matches     a class that updates a matrix state with mlx_lm's gated delta rule, with a scalar gate
-            per head, usually behind a causal convolution. Gated Delta Networks, arXiv 2412.06464.
+Matches     a class that updates a matrix state with the library's gated delta rule, with a scalar
+            gate per head, usually behind a causal convolution. Gated Delta Networks, arXiv
+            2412.06464.
 Refuses     a gate per key channel (kimi_delta).
 Becomes     the original code, once for all sequences with equally many rows, its recurrence an op
             (`delta_rule`).
@@ -16,7 +17,7 @@ from ..states import delta_gate_is_per_channel, delta_updates
 from . import Counter, Example
 
 NAME = "gated_delta"
-_UPDATE = "mlx_lm.models.gated_delta.gated_delta_update"
+_UPDATES = tuple(f"{p}.models.gated_delta.gated_delta_update" for p in ("mlx_lm", "mlx_vlm"))
 
 
 def match(mixer: Mixer) -> Match | Miss:
@@ -29,7 +30,7 @@ def match(mixer: Mixer) -> Match | Miss:
         return Miss(NAME, 2, "one gate per head", mixer.place(updates[0]))
     evidence = [mixer.evidence("gated delta rule", effect) for effect in updates]
     evidence += [mixer.evidence("state stored", effect) for effect in mixer.state_stores]
-    ops = recurrences(mixer, updates, _UPDATE, "delta_rule", NAME)
+    ops = recurrences(mixer, updates, _UPDATES, "delta_rule", NAME)
     return per_length(mixer, NAME, evidence, ops=ops)
 
 
@@ -57,7 +58,12 @@ class Mix(nn.Module):
         return y.reshape(B, L, -1)
 """
 
-ACCEPTS = (Example("Mix", _DELTA, "kernel"),)
+_VLM = _DELTA.replace("mlx_lm.", "mlx_vlm.")
+ACCEPTS = (
+    Example("Mix", _DELTA, "kernel"),
+    Example("Mix", _VLM, "kernel"),
+    Example("Mix", _VLM.replace("state, mask)", "state, mask, cache=None)"), "gathered"),
+)
 REJECTS = (
     Counter("Mix", _DELTA.replace("k, v, a, b,", "k, v, a.reshape(B, L, 2, -1), b,"), "kimi_delta"),
     Counter("Mix", _DELTA.replace("cache[0] = state", "pass"), None),

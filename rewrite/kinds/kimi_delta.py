@@ -17,7 +17,7 @@ from . import Counter, Example
 from .gated_delta import _DELTA
 
 NAME = "kimi_delta"
-_UPDATE = "mlx_lm.models.gated_delta.gated_delta_update"
+_UPDATES = tuple(f"{p}.models.gated_delta.gated_delta_update" for p in ("mlx_lm", "mlx_vlm"))
 
 
 def match(mixer: Mixer) -> Match | Miss:
@@ -30,11 +30,13 @@ def match(mixer: Mixer) -> Match | Miss:
         return Miss(NAME, 2, "one gate per key channel", mixer.place(updates[0]))
     evidence = [mixer.evidence("delta rule, gate per channel", effect) for effect in updates]
     evidence += [mixer.evidence("state stored", effect) for effect in mixer.state_stores]
-    ops = recurrences(mixer, updates, _UPDATE, "delta_rule", NAME)
+    ops = recurrences(mixer, updates, _UPDATES, "delta_rule", NAME)
     return per_length(mixer, NAME, evidence, ops=ops)
 
 
+_CHANNELS = _DELTA.replace("k, v, a, b,", "k, v, a.reshape(B, L, 2, -1), b,")
 ACCEPTS = (
-    Example("Mix", _DELTA.replace("k, v, a, b,", "k, v, a.reshape(B, L, 2, -1), b,"), "kernel"),
+    Example("Mix", _CHANNELS, "kernel"),
+    Example("Mix", _CHANNELS.replace("mlx_lm.", "mlx_vlm."), "kernel"),
 )
 REJECTS = (Counter("Mix", _DELTA, "gated_delta"),)

@@ -1,7 +1,7 @@
 """state_space_dual: Mamba-2, a selective state space with a scalar decay per head.
 
-Matches     a class that calls mlx_lm's `ssm_update` and keeps its state, usually behind a causal
-            convolution. Transformers are SSMs, arXiv 2405.21060.
+Matches     a class that calls the library's `ssm_update` and keeps its state, usually behind a
+            causal convolution. Transformers are SSMs, arXiv 2405.21060.
 Refuses     state spaces scanned by the class itself (selective_scan).
 Becomes     the original code, once for all sequences with equally many rows, its recurrence an op
             (`state_space_dual`).
@@ -15,18 +15,18 @@ from ..per_length import per_length, recurrences
 from . import Counter, Example
 
 NAME = "state_space_dual"
-_UPDATE = "mlx_lm.models.ssm.ssm_update"
+_UPDATES = tuple(f"{p}.models.ssm.ssm_update" for p in ("mlx_lm", "mlx_vlm"))
 
 
 def match(mixer: Mixer) -> Match | Miss:
-    updates = mixer.calls_into("mlx_lm.models.ssm.")
+    updates = mixer.calls_into(("mlx_lm.models.ssm.", "mlx_vlm.models.ssm."))
     if not updates:
         return Miss(NAME, 0, "a call of ssm_update")
     if not mixer.state_stores:
         return Miss(NAME, 1, "the state is stored in a cache")
     evidence = [mixer.evidence("state space update", effect) for effect in updates]
     evidence += [mixer.evidence("state stored", effect) for effect in mixer.state_stores]
-    ops = recurrences(mixer, updates, _UPDATE, "state_space_dual", NAME)
+    ops = recurrences(mixer, updates, _UPDATES, "state_space_dual", NAME)
     return per_length(mixer, NAME, evidence, ops=ops)
 
 
@@ -53,5 +53,8 @@ class Mix(nn.Module):
         return y.reshape(B, L, -1)
 """
 
-ACCEPTS = (Example("Mix", _SSD, "kernel"),)
+ACCEPTS = (
+    Example("Mix", _SSD, "kernel"),
+    Example("Mix", _SSD.replace("mlx_lm.", "mlx_vlm."), "kernel"),
+)
 REJECTS = (Counter("Mix", _SSD.replace("cache[0] = state", "pass"), None),)
