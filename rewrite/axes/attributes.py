@@ -10,6 +10,7 @@ from .domain import (
     ROWS,
     UNDEFINED,
     Array,
+    ByToken,
     Choice,
     ClassValue,
     Constant,
@@ -21,6 +22,7 @@ from .domain import (
     Iterable_,
     Known,
     Library,
+    Numbers,
     Opaque,
     OpenShape,
     Partial,
@@ -39,9 +41,17 @@ from .domain import (
 from .rules import RULES
 from .terms import termed
 
+# Ways around names and attributes, to read or to set.
+_INSIDES = frozenset(
+    "__dict__ __globals__ __closure__ __code__ __defaults__ __kwdefaults__ __self__ __setattr__ "
+    "__delattr__ __getattribute__ __setitem__ __delitem__".split()
+)
+
 
 class Attributes(Classes):
     def attribute(self, base: Value, name: str) -> Value:
+        if self.forward and name in _INSIDES:
+            raise Refused("unknown-operation", f"`{name}` shows what the proof does not follow")
         match base:
             case Choice(options=several):
                 return self.join_calls(lambda one: self.attribute(one, name), several)
@@ -86,6 +96,10 @@ class Attributes(Classes):
                 return CONSTANT
             case Count() | CountTest():
                 raise Refused("token-count", "a number of tokens is used as data")
+            case Numbers() | ByToken():
+                raise Refused("token-branch", "what tokens hold is read by Python")
+        if is_live(base):
+            raise Refused("unknown-operation", f"`.{name}` of what is not known")
         return CONSTANT
 
     def array_attribute(self, base: Array, name: str) -> Value:
@@ -101,6 +115,8 @@ class Attributes(Classes):
             return Count(tuple(f for f in factors if f.is_token), ("size",), True)
         if name == "ndim":
             return Known(len(base.axes)) if base.axes is not None and not base.open else CONSTANT
+        if name == "nbytes" and base.live:
+            raise Refused("token-count", "the size of an array is used as data")
         if name in ("dtype", "itemsize", "nbytes"):
             return Constant((name, base.term)) if base.term is not None else CONSTANT
         if name == "T":

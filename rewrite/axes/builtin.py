@@ -16,6 +16,7 @@ from .domain import (
     Constant,
     Count,
     Instance,
+    Items,
     Iterable_,
     Known,
     Library,
@@ -42,6 +43,15 @@ _BUILTINS = frozenset(
     "len range zip enumerate list tuple reversed iter next isinstance hasattr getattr setattr dict "
     "super sum callable print type map".split()
 )
+_PAGED = ("offset", "update_and_fetch", "make_mask", "keys_and_values")
+# Attributes of mlx_lm's caches that its paged forms lack.
+_UPSTREAM = frozenset(
+    "keys values state meta_state nbytes size empty trim is_trimmable bits group_size max_size "
+    "keep step left_padding lengths advance cache caches prepare finalize extract merge filter "
+    "extend to_quantized chunk_size rotated _idx _temporal_order".split()
+)
+# What reads or sets names behind the proof's back.
+_HIDDEN = frozenset("locals globals vars eval exec compile __import__ open input delattr".split())
 _HOLDING = frozenset("zip enumerate list tuple reversed iter next dict map".split())
 
 
@@ -52,6 +62,8 @@ class Builtins(Attributes, Operators):
             self.mask_branch()
         if handler is not None and name in _BUILTINS:
             return self.each(lambda a, k: handler(*a, **k), args, more)
+        if self.forward and (name in _HIDDEN or "." in name):
+            raise Refused("unknown-operation", f"{name}() shows what the proof does not follow")
         if any(map(is_live, (*args, *more.values()))):
             if name in ("int", "float", "bool", "str", "abs", "max", "min", "round", "sum"):
                 return self._number(name, args)
@@ -77,6 +89,13 @@ class Builtins(Attributes, Operators):
             return Known(len(known))
         if isinstance(value, Array) and value.live:
             return self.shape_entry(value, 0)
+        if isinstance(value, Numbers) and not value.one:
+            return Count(tuple(f for f in value.axis if f.is_token), exact=False)
+        each = value.element if isinstance(value, (Items, Iterable_)) else None
+        if isinstance(each, Array) and each.tag[:1] == ("each",):
+            raise Refused("token-count", "the length of a list of all tokens")
+        if isinstance(value, (Library, ByToken)) and is_live(value):
+            raise Refused("unknown-operation", "the length of what is not known")
         return CONSTANT
 
     def _range(self, *bounds: Value) -> Value:
@@ -129,6 +148,10 @@ class Builtins(Attributes, Operators):
         names = {c.name.rpartition(".")[2] for c in parts(cls) if isinstance(c, Library)}
         if isinstance(cls, Library):
             names.add(cls.name.rpartition(".")[2])
+        classes = list(parts(cls)) if isinstance(cls, Tuple) else [cls]
+        python = all(isinstance(c, Library) and c.name.count(".") == 1 for c in classes)
+        if value == Opaque("cache") and not python:
+            raise Refused("cache-use", "the class of a cache decides: a paged one has another")
         if isinstance(value, (Array, Count)) and names:
             is_array = isinstance(value, Array)
             return Known("array" in names if is_array else "int" in names)
@@ -136,9 +159,14 @@ class Builtins(Attributes, Operators):
 
     def _hasattr(self, value: Value, name: Value) -> Value:
         if isinstance(value, Opaque):
-            known = ("offset", "update_and_fetch", "make_mask", "keys_and_values")
-            return Known(isinstance(name, Known) and name.value in known)
+            return Known(self.cache_has(name))
         return CONSTANT
+
+    def cache_has(self, name: Value) -> bool:
+        """Whether a paged cache has an attribute; where others have it, asking is refused."""
+        if not isinstance(name, Known) or (name.value in _UPSTREAM and not self.tying):
+            raise Refused("cache-use", "whether a cache has what a paged one has not")
+        return name.value in _PAGED
 
     def _getattr(self, value: Value, name: Value, default: Value = UNDEFINED) -> Value:
         if not isinstance(name, Known):
@@ -147,6 +175,8 @@ class Builtins(Attributes, Operators):
             return CONSTANT
         if isinstance(value, Instance) and self.forward and not value.forward:
             self.reads.add((id(value), name.value))
+        if isinstance(value, Opaque) and default != UNDEFINED and not self.cache_has(name):
+            return default
         if isinstance(value, Instance) and value.cls is not None and default != UNDEFINED:
             held = name.value in value.attributes or self.member(value.cls, name.value) is not None
             if not held:
@@ -190,6 +220,8 @@ class Builtins(Attributes, Operators):
     def _type(self, value: Value) -> Value:
         if isinstance(value, Instance) and value.cls is not None:
             return value.cls
+        if value == Opaque("cache"):
+            raise Refused("cache-use", "the class of a cache decides: a paged one has another")
         return CONSTANT
 
     def _map(self, function: Value, *values: Value) -> Value:

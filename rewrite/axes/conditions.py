@@ -13,6 +13,7 @@ from .domain import (
     LENGTH,
     NONE,
     Array,
+    ByToken,
     Choice,
     ClassValue,
     Constant,
@@ -23,6 +24,7 @@ from .domain import (
     Items,
     Known,
     Library,
+    Numbers,
     Opaque,
     Partial,
     Refused,
@@ -94,6 +96,8 @@ class Conditions(Containers):
         return CountTest(factors, key, single)
 
     def same(self, left: Value, right: Value, wanted: bool) -> Value:
+        if any(isinstance(v, (Count, CountTest)) for v in (*options(left), *options(right))):
+            raise Refused("token-count", "whether a number of tokens is some object")
         outcomes: set[bool | None] = set()
         for one in options(left):
             for two in options(right):
@@ -102,6 +106,8 @@ class Conditions(Containers):
                 elif NONE in (one, two) or (isinstance(one, Known) and isinstance(two, Known)):
                     if Opaque("mask") in (one, two):
                         self.mask_branch()
+                    if Opaque("pages") in (one, two):
+                        raise Refused("cache-use", "whether a cache has keys is no question here")
                     outcomes.add(one == two)
                 else:
                     outcomes.add(None)
@@ -112,6 +118,9 @@ class Conditions(Containers):
     def contains(self, left: Value, right: Value, wanted: bool) -> Value:
         if is_live(left) and not isinstance(left, Opaque):
             raise Refused("token-branch", "a test whether a token is in something")
+        inside = (right,) if not isinstance(right, (Tuple, Items)) else tuple(parts(right))
+        if any(is_live(v) and not isinstance(v, (Opaque, Instance, Table)) for v in inside):
+            raise Refused("token-branch", "a test whether something is among what tokens hold")
         known = self.known_items(right)
         if isinstance(left, Known) and known is not None:
             if all(isinstance(v, Known) for v in known):
@@ -144,13 +153,19 @@ class Conditions(Containers):
             case Opaque() | Instance() | Routine() | ClassValue() | Library() | Partial():
                 if value == Opaque("mask"):
                     self.mask_branch()
-                return True if not isinstance(value, Library) or value.bound is None else None
+                if not isinstance(value, Library):
+                    return True
+                if is_live(value):
+                    raise Refused("token-branch", "a branch on what is not known of tokens")
+                return True if value.bound is None else None
             case Tuple(items=items):
                 return bool(items)
             case Items(items=list() as held):
                 return bool(held)
             case Table(entries=entries, other=None):
                 return bool(entries)
+            case Numbers() | ByToken():
+                raise Refused("token-branch", "a branch on what tokens hold", "mx.where")
         return None
 
     def mask_branch(self) -> None:

@@ -56,7 +56,11 @@ class Containers(Machine):
             if method == "copy" and isinstance(bound, Items):
                 copied = list(bound.items) if bound.items is not None else None
                 return self.items(copied, bound.element)
+            if is_live(bound) or any(map(is_live, args)):
+                raise Refused("token-branch", f"`{method}` of a list of what tokens hold")
             return CONSTANT
+        if method in ("pop", "insert") and args and is_live(args[0]):
+            raise Refused("token-branch", "an entry of a list is chosen by what tokens hold")
         sure = self.mutate(bound)
         if self.added is not None and method != "append":
             raise Refused("row-mixing", "a loop over tokens that does more than add to lists")
@@ -95,6 +99,8 @@ class Containers(Machine):
 
     def call_table(self, bound: Table, method: str, args: Sequence[Value]) -> Value:
         if method in ("get", "pop", "setdefault") and args:
+            if is_live(args[0]):
+                raise Refused("token-branch", "a dictionary is read by what tokens hold")
             found = self.entry(bound, args[0])
             if method == "setdefault" and self.forward and not bound.forward:
                 if any(map(is_live, args)):
@@ -181,7 +187,7 @@ class Containers(Machine):
                 return value
             case Constant():
                 return Constant(("element", value.key)) if value.key is not None else CONSTANT
-            case Library():
+            case Library() if not is_live(value):
                 return CONSTANT
             case Known(value=str()):
                 return CONSTANT
@@ -197,7 +203,7 @@ class Containers(Machine):
                 raise Dead
             case Instance():
                 return CONSTANT if not is_live(value) else self._no_loop()
-        return CONSTANT
+        return CONSTANT if not is_live(value) else self._no_loop()
 
     @staticmethod
     def _no_loop() -> Value:

@@ -45,6 +45,13 @@ _UNARY: dict[str, Callable[[Any], Any]] = {
 }
 
 
+# Methods of containers, of Python and others, that change them.
+_CHANGING = frozenset(
+    "add append appendleft clear discard extend insert pop popitem popleft remove rotate send "
+    "setdefault subtract update".split()
+)
+
+
 class Expressions(Subscripts, Operators):
     def value(self, expr: Expr) -> Value:
         handler: Callable[[Expr], Value] | None = getattr(self, f"e_{expr.op}", None)
@@ -216,8 +223,11 @@ class Expressions(Subscripts, Operators):
         ]
         if len(results) == 1:
             return results[0]
-        if any(isinstance(r, CountTest) for r in results):
-            return next(r for r in results if isinstance(r, CountTest))
+        tests = [r for r in results if isinstance(r, CountTest)]
+        if tests:
+            singles = [r.single if isinstance(r, CountTest) else None for r in results]
+            single = False if False in singles else None if None in singles else True
+            return CountTest(tuple(f for t in tests for f in t.factors), tests[0].key, single)
         known = [r.value for r in results if isinstance(r, Known)]
         return Known(all(known)) if len(known) == len(results) else CONSTANT
 
@@ -252,6 +262,11 @@ class Expressions(Subscripts, Operators):
             else:
                 more[keyword] = value
         self.at(expr)
+        if self.forward and callee == Library("builtins.next") and not self.made_here(expr.args[1]):
+            raise Refused("state-on-self", "an iterator that outlives the call moves on")
+        method = expr.args[0].data if expr.args[0].op == "attr" else None
+        if self.forward and isinstance(callee, Constant) and method in _CHANGING:
+            raise Refused("state-on-self", f"`.{method}` of something shared may change it")
         if isinstance(callee, Library) and callee.name == "at.":
             raise Refused("unknown-operation", "`.at[...]` is called")
         if unknown and isinstance(callee, Library):
@@ -259,6 +274,13 @@ class Expressions(Subscripts, Operators):
                 raise Refused("unknown-operation", "arguments of unknown number")
             return CONSTANT
         return self.call(callee, args, more)
+
+    def made_here(self, expr: Expr) -> bool:
+        """Whether what an expression gives was made by this call, as far as its form tells."""
+        if expr.op == "name":
+            scope = self.frame.scope
+            return expr.data in scope.names and expr.data not in scope.aliases
+        return expr.op in ("call", "comp")
 
     def e_comp(self, expr: Expr) -> Value:
         data: Comprehension = expr.data

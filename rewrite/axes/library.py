@@ -42,6 +42,11 @@ _ONCE = {
     "per_sequence_model": "once per sequence",
     "per_length": "once for all sequences with equally many rows",
 }
+# Methods of a layer that change nothing.
+_READING = (
+    "children", "filter_and_map", "items", "keys", "leaf_modules", "modules", "named_modules",
+    "parameters", "state", "trainable_parameters", "values",
+)  # fmt: skip
 _PASSED = ("functools.wraps", "copy.copy", "copy.deepcopy", "functools.lru_cache")
 _NO_ARRAYS = ("finfo", "iinfo", "distributed", "metal", "default_device", "fast", "issubdtype")
 
@@ -167,7 +172,8 @@ class LibraryCalls(Builtins):
             assert isinstance(bound, Instance)
             return self.call_layer_method(bound, method, args, more)
         if kind == "items":
-            assert isinstance(bound, (Items, Tuple))
+            if not isinstance(bound, (Items, Tuple)):
+                raise Refused("unknown-operation", f"`{method}` of a list of unknown length")
             return self.call_items(bound, method, args)
         if kind == "table":
             assert isinstance(bound, Table)
@@ -262,6 +268,8 @@ class LibraryCalls(Builtins):
             return layer.attributes.get(str(key), choice((NONE, PARAMETER)))
         if any(map(is_live, (*args, *more.values()))):
             raise Refused("unknown-operation", f"nn.{layer.layer}.{method} has no rule")
+        if self.forward and method not in _READING:
+            raise Refused("state-on-self", f"`.{method}` of a layer may change it")
         return CONSTANT
 
 

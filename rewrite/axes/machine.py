@@ -85,6 +85,7 @@ class Machine(ABC):
         self.reads: set[tuple[int, str]] = set()
         self.operations: set[str] = set()
         self.tests: list[Expr] = []  # of the branches control is in
+        self.tying = False  # under a branch that only ties a cache's keys to other results
         self.added: list[tuple[Items, Value, int]] | None = None  # in a loop over tokens
 
     @property

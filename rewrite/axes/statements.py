@@ -213,7 +213,9 @@ class Statements(Loops, Subscripts, Operators):
         self.assign(target, result, None)
 
     def branch(self, statement: If) -> bool:
+        tying, self.tying = self.tying, _only_ties(statement)
         test = self.value(statement.test)
+        self.tying = tying
         self.frame.where = statement.test.span
         known = self.truth(test)
         scope = self.frame.scope
@@ -238,3 +240,16 @@ class Statements(Loops, Subscripts, Operators):
             return True
         scope.names = self.met(ends, statement.test.span)
         return False
+
+
+def _only_ties(statement: If) -> bool:
+    """`if ...: cache.keys = mx.depends(cache.keys, h)`, as pipelines end, changes no value."""
+    return not statement.orelse and all(
+        isinstance(part, Assign)
+        and part.value is not None
+        and part.value.op == "call"
+        and part.value.args[0].op == "attr"
+        and part.value.args[0].data == "depends"
+        and all(t.op == "attr" and t.data in ("keys", "values") for t in part.targets)
+        for part in statement.body
+    )

@@ -17,6 +17,7 @@ from .domain import (
     Iterable_,
     Known,
     Library,
+    Numbers,
     Opaque,
     OpenShape,
     Refused,
@@ -50,13 +51,15 @@ class Subscripts(Attributes, Containers):
             case OpenShape():
                 return self.open_item(base, key)
             case Table():
+                if is_live(key):
+                    raise Refused("token-branch", "a dictionary is read by what tokens hold")
                 found = self.entry(base, key)
                 if found is None:
                     raise Dead
                 return found
             case Opaque(kind="cache"):
-                if isinstance(key, Slice):
-                    return base
+                if is_live(key):
+                    raise Refused("token-branch", "a cache is chosen by what tokens hold")
                 return base
             case Opaque(kind=kind):
                 raise Refused("cache-use", f"entries of a {kind} are read")
@@ -81,7 +84,11 @@ class Subscripts(Attributes, Containers):
                 if is_live(key):
                     raise Refused("token-branch", "the config is read by what tokens hold")
                 return CONSTANT
-        if is_live(key):
+        if isinstance(base, Library) and isinstance(base.bound, Opaque):
+            raise Refused("cache-use", f"`.{base.name.partition('.')[2]}` of a paged cache")
+        if isinstance(base, Numbers):
+            raise Refused("token-branch", "what tokens hold is read by Python")
+        if is_live(key) or is_live(base):
             raise Refused("unknown-operation", "an index into what is not known")
         return CONSTANT
 
@@ -117,6 +124,8 @@ class Subscripts(Attributes, Containers):
                 case _:
                     if is_live(value) or is_live(key) or is_live(one):
                         raise Refused("state-on-self", "tokens are kept in something shared")
+                    if self.forward:
+                        raise Refused("state-on-self", "an entry of something shared is set")
 
     def store_array(self, target: Expr, base: Array, key: Value, value: Value) -> None:
         name = target.data if target.op == "name" else None
