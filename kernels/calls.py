@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
 import mlx.core as mx
@@ -27,6 +27,7 @@ from .specs import (
     KernelSpec,
     QuantizeSpec,
     ReduceSpec,
+    StagedSpec,
     TiledSpec,
     WriteSpec,
     supports,
@@ -200,6 +201,8 @@ def attention(
     query: Query, pool: Pool, ragged: Ragged, route: policy.Route | None
 ) -> tuple[mx.array, Pool]:
     """`ops.attention` on the routes that the policy assigns to the sequences."""
+    if query.scale < 0:  # kernels compare scores before they are scaled
+        query = replace(query, queries=-query.queries, scale=-query.scale)
     layer, band = query.layer, query.band
     goes = ragged.ask(
         ("assignment", layer, band, route),
@@ -266,7 +269,7 @@ def _tiled(
 ) -> tuple[mx.array, Pool]:
     """Many rows at a time: the sequences' rows, [rows, Hq, Dv]."""
     layer, window, chunk, band = query.layer, query.window, query.chunk, query.band
-    whole = policy.tiled_spec(layer, banded=band is not None, partial=False)
+    whole = policy.many_spec(layer, banded=band is not None, partial=False)
     some = None if len(sequences) == ragged.num_sequences else sequences
 
     def make(step: Ragged) -> TiledPlan:
@@ -292,13 +295,13 @@ def _tiled(
     plan = ragged.ask(key, make)
     spans = ragged.ask(("spans", window, chunk), lambda step: row_spans(step, window, chunk))
     inputs = {**query.inputs(pool, ragged), "items": plan.items, "row_spans": spans}
-    spec = policy.tiled_spec(layer, banded=band is not None, partial=plan.row_items is not None)
+    spec = policy.many_spec(layer, banded=band is not None, partial=plan.row_items is not None)
     groups, threads = plan.num_items * layer.kv_heads, 32 * spec.simdgroups
     return _run(spec, inputs, query, pool, plan.num_parts, plan, groups, threads)
 
 
 def _run(
-    spec: DecodeSpec | TiledSpec,
+    spec: DecodeSpec | StagedSpec | TiledSpec,
     inputs: dict[str, mx.array],
     query: Query,
     pool: Pool,
@@ -397,7 +400,7 @@ def _prepare(spec: KernelSpec, layer: AttentionSpec) -> list[mx.array]:
         "settings": mx.zeros((2,), mx.float32),
         "token_in": mx.zeros((1,), mx.int32),
         # A tiled item has one packed row; in an item of the decode kernel 1 is never looked at.
-        "items": ints(0, 0, 1 if isinstance(spec, TiledSpec) else 0, 0, 0, 0, 0, 1),
+        "items": ints(0, 0, 1 if isinstance(spec, StagedSpec | TiledSpec) else 0, 0, 0, 0, 0, 1),
         "partial_values": mx.zeros((8, heads, value_dim), mx.float32),
         "partial_stats": mx.ones((8, heads, 2), mx.float32),
         "row_items": ints(0, 1).flatten(),
@@ -415,7 +418,7 @@ def _prepare(spec: KernelSpec, layer: AttentionSpec) -> list[mx.array]:
         "token_out": TOKEN,
     }
     groups, threads = 1, 32
-    if isinstance(spec, DecodeSpec | TiledSpec):
+    if isinstance(spec, DecodeSpec | StagedSpec | TiledSpec):
         groups, threads = kv_heads, 32 * spec.simdgroups
     elif isinstance(spec, ReduceSpec):
         groups, threads = heads, 32 * spec.simdgroups

@@ -112,12 +112,15 @@ def show(name: str) -> str:
 
 def _dtype(spec: KernelSpec, array: str) -> mx.Dtype:
     """The type of an input or output of the kernels in `specs`."""
-    if array in ("queries", "keys", "values", "sinks", "output"):
-        return TYPES[str(getattr(spec, "query_dtype", getattr(spec, "rows_dtype", "")))]
     if array in ("key_pool", "value_pool") and getattr(spec, "bits", False):
         return mx.uint32
-    if array in ("key_pool", "value_pool", "gathered_keys", "gathered_values"):
-        return TYPES[getattr(spec, "pool_dtype", "")]
+    rows = ("query_dtype", "rows_dtype", "dtype")
+    for arrays, names in (
+        (("queries", "keys", "values", "sinks", "output"), rows),
+        (("key_pool", "value_pool", "gathered_keys", "gathered_values"), ("pool_dtype", "dtype")),
+    ):
+        if array in arrays:
+            return TYPES[next(getattr(spec, name) for name in names if hasattr(spec, name))]
     if array in ("settings", "partial_values", "partial_stats"):
         return mx.float32
     return mx.int32

@@ -62,7 +62,8 @@ class MetalKernel:
     """A rendered kernel. Its callable is made once for each back end.
 
     mutable_inputs: inputs that the kernel writes to, behind the back of MLX's graph; a token must
-    order those writes (`pools.Pool`).
+    order those writes (`pools.Pool`). threadgroup_memory: bytes that CUDA must be asked for, see
+    `KernelSpec`.
     """
 
     name: str
@@ -71,6 +72,7 @@ class MetalKernel:
     source: str
     header: str
     mutable_inputs: tuple[str, ...] = ()
+    threadgroup_memory: int = 0
     _made: dict[Backend, Callable[..., list[mx.array]]] = field(default_factory=dict, repr=False)
 
     def __call__(
@@ -125,6 +127,8 @@ class MetalKernel:
         if where != "metal":
             name = ".dialects.cuda" if where == "cuda" else ".dialects.cpu"
             back = importlib.import_module(name, __package__)
+        if self.threadgroup_memory and where == "cuda":
+            words["threadgroup_memory"] = self.threadgroup_memory
         if self.mutable_inputs and where == "runner":
             words["mutable_inputs"] = list(self.mutable_inputs)
         made: Callable[..., list[mx.array]] = back.metal_kernel(**words)

@@ -171,6 +171,8 @@ def tiled_plan(
         row_parts += [parts] * length
         outputs += parts * length
     packed = np.concatenate(items).astype(np.int32)
+    # The longest first: what is left for the end is short.
+    packed = packed[np.argsort(packed[:, 3] - packed[:, 4], kind="stable")]
     split_rows = outputs > len(row_parts)
     if split_rows:
         packed = _filled(ragged, packed, np.array([0, 1, 1, tile, -1, 0, 0, 1], np.int32))

@@ -24,6 +24,7 @@ from .specs import (
     KernelSpec,
     QuantizeSpec,
     ReduceSpec,
+    StagedSpec,
     TiledSpec,
     WriteSpec,
     supports,
@@ -105,7 +106,7 @@ def assign(
         if single and length < (CODES_ROWS if layer.bits else DECODE_ROWS):
             decode.append(i)
         elif layer.bits or (
-            route is None and length >= GATHER_ROWS and not _narrow(band, context, layer)
+            route is None and length >= GATHER_ROWS and _gathers(band, context, layer)
         ):
             gathered.append(i)
         else:
@@ -122,10 +123,14 @@ def _decodes(layer: AttentionSpec) -> bool:
     )
 
 
-def _narrow(band: int | None, context: int, layer: AttentionSpec) -> bool:
-    """Where the kernels skip most of what MLX's attention would work out and mask: bands, and soft
-    caps, which MLX's attention lacks."""
-    return layer.softcap or (band is not None and 2 * band < context)
+def _gathers(band: int | None, context: int, layer: AttentionSpec) -> bool:
+    """Whether MLX's attention over gathered pages is faster than the kernels. It has no soft caps
+    and works out what bands mask; on CUDA it is cuDNN's for heads of up to 128, else slow."""
+    if layer.softcap or (band is not None and 2 * band < context):
+        return False
+    if _where() != "cuda" or staged_spec(layer, banded=False, partial=False) is None:
+        return True
+    return 64 < layer.key_dim <= 128
 
 
 # ------------------------------------------------------------------ kernels
@@ -190,7 +195,7 @@ def _decode_shape(layer: AttentionSpec, group: int, vector: int) -> tuple[int, i
 
 @_remembered
 def tiled_spec(layer: AttentionSpec, *, banded: bool, partial: bool) -> TiledSpec:
-    """The kernel for many rows."""
+    """The kernel for many rows without tiles in threadgroup memory."""
     # A simdgroup keeps sums of 16 rows, and their queries where there is room.
     room = 128 if _where() == "cuda" else 64
     parts = 1 if layer.value_dim <= room else 2 if layer.value_dim <= 2 * room else 4
@@ -215,6 +220,67 @@ def tiled_spec(layer: AttentionSpec, *, banded: bool, partial: bool) -> TiledSpe
         shared_values=layer.shared_values,
         partial=partial,
     )
+
+
+# Bytes of threadgroup memory that a threadgroup may have.
+THREADGROUP_MEMORY = {"cuda": 227 << 10, "metal": 32 << 10, "runner": 32 << 10}
+
+
+@_remembered
+def staged_spec(layer: AttentionSpec, *, banded: bool, partial: bool) -> StagedSpec | None:
+    """The kernel for many rows with tiles in threadgroup memory; None where they do not fit, or
+    matrix units do not take the type as it is."""
+    cuda = _where() == "cuda"
+    if layer.dtype != layer.pool_dtype or (cuda and layer.dtype == "float32"):
+        return None
+    for row_tiles, parts, tile, stages in _staged_shapes(layer):
+        made = StagedSpec(
+            dtype=layer.dtype,
+            key_dim=layer.key_dim,
+            value_dim=layer.value_dim,
+            kv_heads=layer.kv_heads,
+            group=layer.query_heads // layer.kv_heads,
+            block_size=layer.block_size,
+            row_tiles=row_tiles,
+            parts=parts,
+            tile=tile,
+            stages=stages,
+            # Sums of 128 rows leave no room for another simdgroup, which would work meanwhile.
+            ahead=cuda and layer.value_dim > 192 and parts == 1 and not layer.shared_values,
+            banded=banded,
+            softcap=layer.softcap,
+            sinks=layer.sinks and not partial,
+            shared_values=layer.shared_values,
+            partial=partial,
+        )
+        # Without panels rows are 16 bytes further apart than they are long.
+        plain = made.threadgroup_bytes(lambda width, size: width * size + 16, 32)
+        if (made.threadgroup_memory if cuda else plain) <= THREADGROUP_MEMORY[_where()]:
+            return made
+    return None
+
+
+def _staged_shapes(layer: AttentionSpec) -> tuple[tuple[int, int, int, int], ...]:
+    """Row tiles, parts, keys of a turn and stages, the best first."""
+    values, wide = layer.value_dim, max(layer.key_dim, layer.value_dim)
+    if _where() != "cuda":
+        # Sums of 16 rows are as many registers of a lane as values are wide, twice over.
+        if values <= 64:
+            return ((4, 1, 32, 1), (2, 1, 32, 1))
+        return ((2, 2, 32, 1),) if values <= 128 and values % 32 == 0 else ()
+    if wide <= 64:
+        return ((8, 1, 64, 2),)
+    if wide <= 192 and values <= 128:
+        return ((8, 1, 128, 2),)
+    if values <= 256:
+        return ((8, 1, 64, 2),) if wide <= 256 else ((4, 1, 64, 2), (4, 1, 32, 2))
+    return ((4, 2, 64, 2), (4, 2, 32, 2)) if values % 128 == 0 else ()
+
+
+def many_spec(layer: AttentionSpec, *, banded: bool, partial: bool) -> StagedSpec | TiledSpec:
+    """The kernel for many rows."""
+    staged = staged_spec(layer, banded=banded, partial=partial)
+    return staged or tiled_spec(layer, banded=banded, partial=partial)
 
 
 @_remembered
@@ -349,7 +415,7 @@ def kernels(layer: AttentionSpec, banded: bool | None = None) -> tuple[KernelSpe
     return (
         write_spec(layer.dtype, *sizes),
         *(decode_spec(layer, p) for p in (False, True) if _decodes(layer)),
-        *(tiled_spec(layer, banded=b, partial=p) for b in bands for p in (False, True)),
+        *(many_spec(layer, banded=b, partial=p) for b in bands for p in (False, True)),
         reduce_spec(layer),
         gather_spec(*sizes),
         copy_spec(layer.pool_dtype, block * layer.key_dim, value_dim and block * value_dim),

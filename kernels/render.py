@@ -64,4 +64,5 @@ def render(spec: KernelSpec) -> MetalKernel:
         source=environment().get_template(template_name(spec.template)).render(values),
         header=header(spec.helpers),
         mutable_inputs=spec.mutable,
+        threadgroup_memory=spec.threadgroup_memory,
     )

@@ -3,6 +3,7 @@ of its template. `AttentionSpec` is what a layer asks for; the others are kernel
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
@@ -70,6 +71,12 @@ class KernelSpec:
     def mutable(self) -> tuple[str, ...]:
         """Inputs that the kernel writes to."""
         return ()
+
+    @property
+    def threadgroup_memory(self) -> int:
+        """Bytes of threadgroup memory that CUDA must be asked for; 0: less than 48 KB, of which it
+        knows by itself."""
+        return 0
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -207,6 +214,72 @@ class TiledSpec(KernelSpec):
     @property
     def simdgroups(self) -> int:
         return self.row_tiles * self.parts
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        names = ["queries", "key_pool", "block_tables", "row_spans", "items", "settings"]
+        if not self.shared_values:
+            names.insert(2, "value_pool")
+        if self.sinks and not self.partial:
+            names.append("sinks")
+        return (*names, "token_in")
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        results = ("partial_values", "partial_stats") if self.partial else ("output",)
+        return (*results, "token_out")
+
+
+@dataclass(frozen=True, slots=True)
+class StagedSpec(KernelSpec):
+    """As `TiledSpec`, with tiles of queries, keys and values in threadgroup memory.
+
+    Rows and pool have one type. row_tiles, parts: as there; all simdgroups share the tiles, and
+    those of one row tile share out the keys of a turn too. tile: keys of one turn. stages: tiles of
+    keys that are held, so that the next is on its way. ahead: the next tile's scores are worked out
+    beside this one's products (two stages, one part, values of their own).
+    """
+
+    template: ClassVar[str] = "staged"
+    headers: ClassVar[tuple[str, ...]] = ("matrix.metal", "staging.metal")
+
+    dtype: str
+    key_dim: int
+    value_dim: int
+    kv_heads: int
+    group: int
+    block_size: int
+    row_tiles: int
+    parts: int
+    tile: int
+    stages: int
+    ahead: bool
+    banded: bool
+    softcap: bool
+    sinks: bool
+    shared_values: bool
+    partial: bool
+
+    @property
+    def simdgroups(self) -> int:
+        return self.row_tiles * self.parts
+
+    def threadgroup_bytes(self, row_bytes: Callable[[int, int], int], piece: int) -> int:
+        """What the tiles take: row_bytes of a row's width and an element's size, `piece` bytes of
+        exchanged weights for a lane and 16 keys."""
+        size, rows, keys = DTYPES[self.dtype], 16 * self.row_tiles, self.tile * self.stages
+        taken = [rows * row_bytes(self.key_dim, size), keys * row_bytes(self.key_dim, size)]
+        if not self.shared_values:
+            taken.append(keys * row_bytes(self.value_dim, size))
+        if self.parts > 1:
+            taken += [self.row_tiles * self.tile // 16 * 32 * piece, 4 * self.parts * rows]
+            taken.append(self.simdgroups)
+        return sum(taken)
+
+    @property
+    def threadgroup_memory(self) -> int:
+        # Rows of whole panels of 64 columns, each array at a multiple of 1024 bytes.
+        return self.threadgroup_bytes(lambda width, _: -(-width // 64) * 128, 16) + 2048
 
     @property
     def inputs(self) -> tuple[str, ...]:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
-from mlxrewrite.kernels import ops
+import pytest
+from mlxrewrite.kernels import ops, policy
 from mlxrewrite.kernels.ops import Pool, Quantization, Ragged
 from mlxrewrite.kernels.quantization import POISON, Packing
 
@@ -207,3 +208,14 @@ def error(out: mx.array, want: np.ndarray) -> float:
     got = np.array(out.astype(mx.float32)).astype(np.float64)
     assert got.shape == want.shape, (got.shape, want.shape)
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+def staged_as(monkeypatch: pytest.MonkeyPatch, **shape: int | bool) -> None:
+    """Kernels with tiles in threadgroup memory get another shape than the policy's."""
+    plain = policy.staged_spec
+
+    def changed(layer, **words):
+        spec = plain(layer, **words)
+        return spec and replace(spec, **shape)
+
+    monkeypatch.setattr(policy, "staged_spec", changed)

@@ -167,6 +167,40 @@ def test_split_rows(case: Case, rows: int, monkeypatch: pytest.MonkeyPatch):
     check(case)
 
 
+SHAPES = [
+    {"row_tiles": 2, "parts": 1, "tile": 16, "stages": 2, "ahead": True},
+    {"row_tiles": 2, "parts": 2, "tile": 32, "stages": 2},
+    {"row_tiles": 1, "parts": 1, "tile": 16, "stages": 1},
+]
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("steep", [False, True])
+def test_tiles_in_threadgroup_memory(shape, steep: bool, monkeypatch: pytest.MonkeyPatch):
+    """Each form of the kernel; steep: scores far apart, so that sums are often rescaled."""
+    cases.staged_as(monkeypatch, **shape)
+    lens = {"query_lens": (5, 35, 2), "context_lens": (37, 70, 130)}
+    case = Case(**lens, dtype="float16", query_heads=8, key_dim=32, value_dim=32)
+    made = cases.make(replace(case, key_dim=48, window=40, sinks=True) if steep else case)
+    if steep:
+        made = replace(made, queries=made.queries * 16)
+    out, _ = cases.run(made, "kernel")
+    assert cases.error(out, cases.exact(made)) < TOLERANCE[case.dtype]
+    if not shape.get("ahead"):
+        shared = replace(case, shared_values=True, kv_heads=1, query_heads=20)
+        check(shared, "kernel")
+
+
+@pytest.mark.usefixtures("kernels")
+def test_negative_scales():
+    """Kernels compare scores before they are scaled."""
+    made = cases.make(Case(**MIXED, dtype="float16"))
+    pool = ops.write_kv(made.keys, made.values, made.pool, made.ragged)
+    out, _ = ops.attention(-made.queries, pool, made.ragged, scale=-(64**-0.5), route="kernel")
+    assert cases.error(out, cases.exact(made)) < TOLERANCE["float16"]
+
+
 @pytest.mark.usefixtures("kernels")
 def test_three_routes_in_one_call(monkeypatch: pytest.MonkeyPatch):
     """Single rows, a few and many go to a kernel each, and come back in order."""

@@ -213,8 +213,8 @@ def test_a_model_on_the_text_of_the_kernels(monkeypatch, name):
         report = verify(config, block_size=8)
     assert report.passed, report.text()
     shared = {name.split("_")[0] for name in used if "shared_values" in name}
-    assert shared == {"decode", "tiled"}
-    assert {name.split("_")[0] for name in used} == {"decode", "tiled", "write", "gather"}
+    assert shared == {"decode", "staged"}
+    assert {name.split("_")[0] for name in used} == {"decode", "staged", "write", "gather"}
 
 
 def pair(name: str):

@@ -35,6 +35,7 @@ ROWS = Case((1, 1, 1), (1, 37, 200), query_heads=8, dtype="float16")
 SINKS = Case((1, 1), (9, 70), query_heads=4, window=20, sinks=True)
 MANY = Case((1, 5, 35), (9, 37, 70), key_dim=32, value_dim=32, window=20, dtype="bfloat16")
 PARTS = Case((9,), (40,), query_heads=2, kv_heads=1, key_dim=32, value_dim=256)
+STAGED = Case((1, 5, 35), (9, 37, 70), key_dim=32, value_dim=32, window=50, dtype="bfloat16")
 HEADS = Case((1,), (20,), query_heads=8, kv_heads=8)
 SPLIT = Case((1, 1), (130, 70), query_heads=2, kv_heads=1, sinks=True)
 
@@ -268,6 +269,53 @@ BUGS = {
         "exchanged[ROW_TILES * 8 * TILE];",
         BOUNDS,
     ),
+    # Many rows, tiles in threadgroup memory.
+    "staged: tiles read before they are there": Bug(
+        "staged", STAGED, f"stage_wait<0>();\n    {GROUP_BARRIER}", "", RACE + "|" + UNINITIALISED
+    ),
+    "staged: weights taken before they are handed out": Bug(
+        "staged",
+        STAGED,
+        f"  {GROUP_BARRIER}\n  raising = false;",
+        "  raising = false;",
+        RACE + "|" + UNINITIALISED,
+    ),
+    "staged: the next tile over the one in use": Bug(
+        "staged",
+        STAGED,
+        "key_tiles + (1 - buffer) * KEY_TILE",
+        "key_tiles + buffer * KEY_TILE",
+        RACE,
+    ),
+    "staged: one tile of memory for two": Bug(
+        "staged", STAGED, "key_tiles[STAGES * KEY_TILE]", "key_tiles[KEY_TILE]", BOUNDS
+    ),
+    "staged: the blocks of the tile before": Bug(
+        "staged", STAGED, "    block = next_block;\n", "", REFERENCE + "|" + BOUNDS
+    ),
+    "staged: rows see what comes after them": Bug(
+        "staged", STAGED, "&& key <= min(high, last_key[i / 2])", "&& key <= high", REFERENCE
+    ),
+    "staged: rows see past their window": Bug(
+        "staged", STAGED, "key >= max(low, first_key[i / 2])", "key >= low", REFERENCE
+    ),
+    "staged: rows past the end are written": Bug(
+        "staged", STAGED, "  if (mine < packed_end) {", "  {", BOUNDS + "|" + RACE
+    ),
+    "staged: keys outside the item are loaded": Bug(
+        "staged",
+        STAGED,
+        "const int key = clamp(first + row, low, high);",
+        "const int key = first + row;",
+        REFERENCE + "|" + BOUNDS,
+    ),
+    "staged: a shuffle that some lanes skip": Bug(
+        "staged",
+        STAGED,
+        "    const int key = clamp(first + row, low, high);\n",
+        "    const int key = clamp(first + row, low, high);\n    if (row % 4 == 3) { continue; }\n",
+        DIVERGENCE,
+    ),
     # The reduction.
     "reduce: no barrier": Bug(
         "reduce", SPLIT, GROUP_BARRIER, "", RACE + "|" + UNINITIALISED, split=True
@@ -320,6 +368,10 @@ def outcome(bug: Bug, monkeypatch: pytest.MonkeyPatch) -> str:
     if bug.split:
         monkeypatch.setitem(policy.LEAST_SPLIT, "decode", 32)
         monkeypatch.setitem(policy.THREADGROUPS, "runner", 1000)
+    if bug.template == "tiled":
+        monkeypatch.setattr(policy, "staged_spec", lambda *_, **__: None)
+    if bug.template == "staged":
+        cases.staged_as(monkeypatch, row_tiles=2, parts=2, tile=32, stages=2)
     made = hostile(bug.case)
     with recorded(bug.template, bug.old, bug.new) as launches:
         try:

@@ -16,11 +16,13 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..cpu.source import ATTRIBUTES, METAL_TYPES, without_comments
+from . import warpgroups
 
 HERE = Path(__file__).parent
 _SHARED = re.compile(
     r"(?P<before>(?:^|[;{}])\s*)threadgroup\s+"
-    r"(?P<rest>(?!_)[\w:]+(?:\s*<[^;{}()]*?>)?\s+\w+\s*(?:\[[^\]]*\]\s*)*;)",
+    r"(?P<rest>(?P<type>(?!_)[\w:]+(?:\s*<[^;{}()]*?>)?)\s+(?P<name>\w+)\s*"
+    r"(?P<sizes>(?:\[[^\]]*\]\s*)*);)",
     re.MULTILINE,
 )
 _SPACE = re.compile(r"\b(?:device|constant|thread|threadgroup)\b")
@@ -64,10 +66,12 @@ def metal_kernel(
     output_names: Sequence[str],
     source: str,
     header: str = "",
+    threadgroup_memory: int = 0,
 ) -> Callable[..., list[mx.array]]:
     """What `mx.fast.metal_kernel` returns, for CUDA: the same keywords, without templates.
 
-    MLX compiles one kernel for each set of types and ranks, as on Metal.
+    MLX compiles one kernel for each set of types and ranks, as on Metal. threadgroup_memory: bytes
+    for its threadgroup variables if they may be more than 48 KB, for which CUDA wants to be asked.
     """
     made: dict[tuple[object, ...], Callable[..., list[mx.array]]] = {}
 
@@ -86,19 +90,22 @@ def metal_kernel(
         types = tuple((array.dtype, array.ndim == 0) for array in inputs)
         key = (*types, *output_dtypes)
         if key not in made:
+            top = cuda_header(header)
+            body = cuda_body(
+                source,
+                [(item, *kind) for item, kind in zip(input_names, types, strict=True)],
+                list(zip(output_names, output_dtypes, strict=True)),
+                threadgroup_memory,
+            )
+            # MLX keeps compiled kernels in a folder, by name: a name says which text it is of.
+            text = sha256(f"{top}{body}".encode()).hexdigest()[:12]
             made[key] = mx.fast.cuda_kernel(  # type: ignore[assignment]
-                name=name,
+                name=f"{name}_{text}",
                 input_names=[f"{item}__in" for item in input_names],
                 output_names=[f"{item}__out" for item in output_names],
-                header=_included(f"{name}-header", cuda_header(header)),
-                source=_included(
-                    name,
-                    cuda_body(
-                        source,
-                        [(item, *kind) for item, kind in zip(input_names, types, strict=True)],
-                        list(zip(output_names, output_dtypes, strict=True)),
-                    ),
-                ),
+                header=_included(f"{name}-header", top),
+                source=_included(name, body),
+                shared_memory=threadgroup_memory,
             )
         return made[key](
             inputs=list(inputs),
@@ -130,6 +137,9 @@ def _included(name: str, text: str) -> str:
 def cuda_header(header: str) -> str:
     """The prelude, then a kernel's helpers in a namespace of their own."""
     pieces = (HERE / "matrix.h").read_text() if "MATRIX_PIECES" in header else ""
+    if "STAGED_TILES" in header:
+        tiles = (HERE / "staging.h").read_text()
+        pieces += tiles.replace("// MSL_PRODUCTS\n", warpgroups.products())
     prelude = (HERE / "prelude.h").read_text()
     return (
         f"{prelude}\nnamespace msl_user {{\nMSL_NAMES\n{pieces}\n"
@@ -141,10 +151,14 @@ def cuda_body(
     source: str,
     inputs: Sequence[tuple[str, mx.Dtype, bool]],
     outputs: Sequence[tuple[str, mx.Dtype]],
+    threadgroup_memory: int = 0,
 ) -> str:
     """The body between declarations of what Metal passes as parameters. MLX's own parameters have
-    CUDA's types. inputs: name, type, whether it is a scalar, which Metal passes by reference."""
+    CUDA's types. inputs: name, type, whether it is a scalar, which Metal passes by reference.
+    threadgroup_memory: bytes that the launch brings for threadgroup variables; 0: static ones."""
     lines = ["{", "MSL_NAMES"]
+    if threadgroup_memory:
+        lines.append("extern __shared__ __align__(1024) unsigned char msl_threadgroup[];")
     for name, dtype, scalar in inputs:
         kind = METAL_TYPES[dtype]
         pointer = f"reinterpret_cast<const {kind}*>({name}__in)"
@@ -156,11 +170,29 @@ def cuda_body(
         if name in source:
             kind = ATTRIBUTES[name][0]
             lines.append(f"const {'metal::uint3' if kind == 'uint3' else kind} {name} = {value};")
-    return "\n".join([*lines, '#line 1 "kernel.metal"', _spaces(source), "}", ""])
+    body = _spaces(source, threadgroup_memory)
+    return "\n".join([*lines, '#line 1 "kernel.metal"', body, "}", ""])
 
 
-def _spaces(text: str) -> str:
+def _spaces(text: str, threadgroup_memory: int = 0) -> str:
+    """Without address spaces. Variables of a threadgroup become __shared__, or parts of the memory
+    that the launch brings, one after the other."""
+    last = "0"
+
+    def place(found: re.Match[str]) -> str:
+        nonlocal last
+        kind, name, sizes = found["type"], found["name"], found["sizes"]
+        count = sizes.replace("[", "* (").replace("]", ")")
+        begin, last = f"({last} + 1023) / 1024 * 1024", f"{name}__end"
+        return (
+            f"{found['before']}{kind}* {name} = "
+            f"reinterpret_cast<{kind}*>(msl_threadgroup + {begin}); "
+            f"constexpr int {last} = {begin} + int(sizeof({kind})) {count}; "
+            f'static_assert({last} <= {threadgroup_memory}, "threadgroup memory");'
+        )
+
     text, count = without_comments(text), 1
     while count:
-        text, count = _SHARED.subn(r"\g<before>__shared__ \g<rest>", text)
+        shared = place if threadgroup_memory else r"\g<before>__shared__ \g<rest>"
+        text, count = _SHARED.subn(shared, text)
     return _SPACE.sub("", text)
