@@ -235,6 +235,16 @@ class Mixer:
             for value in made.walk()
         )
 
+    def mentions(self, name: str) -> int:
+        """How often the file reads an attribute of that name."""
+        file = self.program.modules[self.cls.module]
+        methods = [method for cls in file.classes.values() for method in cls.methods.values()]
+        return sum(
+            value.op == "attr" and value.data == name
+            for method in (*methods, *file.functions.values())
+            for value in every_value(method)
+        )
+
     # ----------------------------------------------------------------- places
 
     def place(self, where: Value | Effect | Span) -> Place:

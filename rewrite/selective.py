@@ -353,7 +353,7 @@ def _walked(mixer: Mixer, method: Method, kind: str) -> tuple[list[Edit], Site] 
         if len(step) != 1 or not any(step[0][1] is own for own in mixer.methods):
             return None
         roles = _single(mixer.program, step[0][1])
-        if roles is None or not _once(mixer, step[0][1]) or not _by_token(mixer, roles):
+        if roles is None or mixer.mentions(step[0][1].name) != 1 or not _by_token(mixer, roles):
             return None
         if not _fits(step[0][1], call, roles):
             return None
@@ -445,19 +445,6 @@ def _fits(step: Method, call: Value, roles: _Roles) -> bool:
     given = dict(zip(map(id, step.params[1:]), call.args[1:], strict=False))
     x, h = given.get(id(roles.x)), given.get(id(roles.h))
     return x is not None and h is not None and x.op == "index" and h.op == "carried"
-
-
-def _once(mixer: Mixer, step: Method) -> bool:
-    """Nothing of the file calls the method but the loop."""
-    file = mixer.program.modules[mixer.cls.module]
-    methods = [m for cls in file.classes.values() for m in cls.methods.values()]
-    named = [
-        value
-        for method in (*methods, *file.functions.values())
-        for value in every_value(method)
-        if value.op == "attr" and value.data == step.name
-    ]
-    return len(named) == 1
 
 
 # --------------------------------------------------------------- one token or many, the same

@@ -56,6 +56,11 @@ class StateTable:
         """Whether any sequence has a state here."""
         return any(self._slots)
 
+    def known(self, index: int, sequences: Sequence[int]) -> tuple[bool, ...]:
+        """Which of the sequences have array `index`."""
+        slots = self._slots[index]
+        return tuple(sequence in slots for sequence in sequences)
+
     def holds(self, sequence: int) -> tuple[tuple[int, ...] | None, ...]:
         """The shape of each of a sequence's arrays; None for those it does not have (yet).
 

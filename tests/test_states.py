@@ -188,7 +188,7 @@ def test_seeded_bugs_are_seen(bug, monkeypatch):
     assert not run("qwen3_next").within(1e-4)
 
 
-@pytest.mark.parametrize("name", ["qwen3_next", "recurrent_gemma"])
+@pytest.mark.parametrize("name", ["qwen3_next", "recurrent_gemma", "jamba", "baichuan_m1"])
 def test_a_snapshot_goes_on_as_the_sequence_it_is_of(name):
     original, rewritten = models(name)
     prompt, ends = [5, 9, 3, 7, 1, 2, 8, 4], ([6, 3, 1], [9, 9, 2, 5])
@@ -225,7 +225,7 @@ def test_a_snapshot_of_another_length_is_refused():
         cache.adopt(cache.tables(sequence), 2, cache.snapshot(sequence))
 
 
-@pytest.mark.parametrize("name", ["qwen3_next", "rwkv7", "falcon_h1"])
+@pytest.mark.parametrize("name", ["qwen3_next", "rwkv7", "falcon_h1", "mamba", "baichuan_m1"])
 def test_prompt_caches_go_in_and_out(name):
     """States begin where mlx_lm's caches end, and mlx_lm goes on where they end."""
     original, rewritten = models(name)
@@ -243,7 +243,9 @@ def test_prompt_caches_go_in_and_out(name):
     assert np.abs(got - whole[start:]).max() < 1e-4 * whole.std()
 
 
-@pytest.mark.parametrize("name", ["qwen3_next", "mamba2", "recurrent_gemma"])
+@pytest.mark.parametrize(
+    "name", ["qwen3_next", "mamba2", "recurrent_gemma", "jamba", "baichuan_m1"]
+)
 def test_equal_beginnings_are_read_once(name):
     """Prompts that begin alike share blocks and a snapshot of the states; answers stay the same."""
     original, rewritten = models(name)

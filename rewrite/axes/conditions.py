@@ -49,6 +49,7 @@ _COMPARE: dict[str, Callable[[Any, Any], Any]] = {
     ">": operator.gt,
     ">=": operator.ge,
 }
+_MANY = 1 << 40  # tokens
 
 
 class Conditions(Containers):
@@ -91,8 +92,13 @@ class Conditions(Containers):
         single = None
         for one, two, swap in ((left, right, False), (right, left, True)):
             if isinstance(one, Count) and one == Count((LENGTH,)) and isinstance(two, Known):
-                numbers = (two.value, 1) if swap else (1, two.value)
-                single = bool(_COMPARE[op](*numbers))
+                says = [
+                    bool(_COMPARE[op](*((two.value, n) if swap else (n, two.value))))
+                    for n in (1, _MANY)
+                ]
+                if type(two.value) is int and two.value <= 1 and says[0] == says[1]:
+                    return Known(says[0])  # a chunk has one token at least
+                single = says[0]
         return CountTest(factors, key, single)
 
     def same(self, left: Value, right: Value, wanted: bool) -> Value:

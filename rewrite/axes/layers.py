@@ -229,6 +229,25 @@ def _last_rows(c: Context, h: Value, cache: Value = NONE, axis: Value = ZERO) ->
     return Array(tuple(axes), x.open)
 
 
+def _previous_rows(c: Context, rows: Value, cache: Value, index: Value) -> Value:
+    """Rows in and out: of each, the one before it in its sequence."""
+    if cache != Opaque("cache"):
+        raise Dead  # the site raises: it takes a cache of states only
+    x = array(rows)
+    if x.tag or (x.axes or ())[:1] != ((ROWS,),):
+        raise Refused("row-mixing", f"previous rows of {describe(x)}")
+    return x
+
+
+def _keep_last_rows(c: Context, cache: Value, index: Value, rows: Value, axis: Value) -> Value:
+    """Rows whose axis `axis` has the tokens: of size one, as each row is a token."""
+    x = array(_previous_rows(c, rows, cache, index))
+    assert isinstance(axis, Known)
+    if x.open or (x.axes or ())[axis.value : axis.value + 1] != ((LENGTH,),):
+        raise Refused("row-mixing", f"the last rows of {describe(x)}")
+    return NONE
+
+
 _FOUR = Known(4)
 
 
@@ -253,6 +272,8 @@ SITES: dict[str, tuple[Layer, str]] = {
     "chunked_mask": (_mask, "a mask as a value"),
     "sequence_mask": (_mask, "a mask as a value"),
     "last_rows": (_last_rows, "keeps the rows whose logits are wanted"),
+    "previous_rows": (_previous_rows, "each row's predecessor in its own sequence"),
+    "keep_last_rows": (_keep_last_rows, "the last row of each sequence"),
     "row_positions": (_row_positions, "each row's own position"),
 }
 

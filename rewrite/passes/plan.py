@@ -41,6 +41,8 @@ _HOMES = {  # where the runtime's names are, if not among the sites
     "diagonal_scan": "mlxrewrite.runtime.recurrences",
     "lightning_scan": "mlxrewrite.runtime.recurrences",
     "low_rank_scan": "mlxrewrite.runtime.recurrences",
+    "keep_last_rows": "mlxrewrite.runtime.previous",
+    "previous_rows": "mlxrewrite.runtime.previous",
     "paged_latent_attention": "mlxrewrite.runtime.latents",
     "paged_top_positions": "mlxrewrite.runtime.rankings",
     "selective_scan": "mlxrewrite.runtime.recurrences",
