@@ -20,12 +20,15 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
+from mlx import nn
 from mlx_lm.models import rwkv7
 from mlx_lm.models.bailing_hybrid import recurrent_gla
 from mlx_lm.models.gated_delta import gated_delta_update
+from mlx_lm.models.mamba import MambaBlock
 from mlx_lm.models.ssm import ssm_update
 from mlxrewrite.kernels import launch
 from mlxrewrite.runtime import recurrences
@@ -68,6 +71,8 @@ KIMI = Shape("gated delta, a decay a channel (Kimi Linear)", 32, 32, 128, 128)
 WKV = Shape("diagonal plus low rank (RWKV-7 7.2b)", 64, 64, 64, 64)
 GLA = Shape("lightning attention (Ring-flash-linear-2.0)", 32, 32, 128, 128)
 DUAL = Shape("state space dual (Mamba-2 2.7b)", 1, 80, 128, 64)
+
+MAMBA = Shape("selective state space (Mamba 2.8b)", 1, 1, 16, 5120)
 
 
 def delta_steps(shape: Shape, dtype: mx.Dtype, *, per_channel: bool) -> dict[str, Step]:
@@ -177,6 +182,48 @@ def gla_steps(shape: Shape, dtype: mx.Dtype) -> dict[str, Step]:
     return {"ours": side(replaced), "theirs": side(recurrent_gla)}
 
 
+def selective_steps(shape: Shape, dtype: mx.Dtype) -> dict[str, Step]:
+    """mlx_lm's update of one token is a method that makes dt, B and C itself: a mixer that has
+    them already stands in for its projections. Both sides take dt through softplus."""
+    channels, states = shape.value_heads * shape.value_dim, shape.key_dim
+    A = -mx.exp(mx.random.normal((channels, states))).astype(dtype)
+    D = mx.ones(channels, dtype)
+    rows: dict[tuple[int, int], list[mx.array]] = {}
+    mixer = SimpleNamespace(
+        D=D,
+        time_step_rank=channels,
+        ssm_state_size=states,
+        use_bcdt_rms=False,
+        dt_proj=lambda dt: dt,
+    )
+
+    def make(count: int, length: int) -> list[mx.array]:
+        if (count, length) not in rows:
+            x, dt = (mx.random.normal((count, length, channels)) for _ in range(2))
+            B, C = (mx.random.normal((count, length, states)) for _ in range(2))
+            rows[count, length] = [part.astype(dtype) for part in (x, dt - 3, B, C)]
+            mx.eval(rows[count, length])
+        return rows[count, length]
+
+    def flat(state: mx.array | None) -> mx.array | None:
+        return None if state is None else state.reshape(-1, channels, states)
+
+    def ours(state: mx.array | None, count: int, length: int) -> tuple[mx.array, mx.array]:
+        x, dt, B, C = make(count, length)
+        return recurrences.selective_scan(x, nn.softplus(dt), A, B, C, D, flat(state))
+
+    def theirs(state: mx.array | None, count: int, length: int) -> tuple[mx.array, mx.array]:
+        x, dt, B, C = make(count, length)
+        made, held, outputs = mx.concatenate([dt, B, C], axis=-1), flat(state), []
+        for t in range(length):
+            mixer.x_proj = lambda _, t=t: made[:, t]
+            y, held = MambaBlock.ssm_step(mixer, x[:, t], A, held)
+            outputs.append(y)
+        return mx.stack(outputs, axis=1), held
+
+    return {"ours": ours, "theirs": theirs}
+
+
 def timed(run: Callable[[], list[mx.array]]) -> float:
     start = time.perf_counter()
     mx.eval(run())
@@ -255,6 +302,7 @@ def measure(*, tiny: bool, rounds: int) -> list[Row]:
         (DUAL, lambda shape: dual_steps(shape, dtype)),
         (WKV, lambda shape: wkv_steps(shape, dtype)),
         (GLA, lambda shape: gla_steps(shape, dtype)),
+        (MAMBA, lambda shape: selective_steps(shape, dtype)),
     )
     for whole, make in made:
         shape = whole.tiny() if tiny else whole

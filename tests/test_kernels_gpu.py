@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import kernel_cases as cases
 import low_rank_cases
+import selective_cases
 
 # MLX's own products of float32 round to tf32 on CUDA unless told not to; it reads this once.
 os.environ["MLX_ENABLE_TF32"] = "0"
@@ -19,7 +20,7 @@ os.environ["MLX_ENABLE_TF32"] = "0"
 import mlx.core as mx
 import pytest
 from kernel_cases import TOLERANCE, Case
-from mlxrewrite.kernels import calls, launch, low_rank, ops, policy
+from mlxrewrite.kernels import calls, launch, low_rank, ops, policy, selective
 from mlxrewrite.kernels.ops import Ragged
 
 WANTED = os.environ.get("MLXREWRITE_BACKEND")
@@ -189,3 +190,35 @@ def test_low_rank_states_of_many_sequences():
     want, last = low_rank_cases.exact(arrays)
     y, state = low_rank.low_rank_rule(*arrays)
     assert low_rank_cases.error(y, want) < 6e-3 and low_rank_cases.error(state, last) < 4e-6
+
+
+def check_selective(case: selective_cases.Case, pieces: int | None = None) -> None:
+    arrays = case.arrays()
+    want, last = selective_cases.exact(arrays)
+    assert selective.supports(case.channels, case.states, arrays[0].dtype, arrays[2].dtype) is None
+    y, state = selective.selective_scan(*arrays, pieces=pieces)
+    wide = case.weights == "float32"
+    tolerance = 4e-6 if wide else selective_cases.TOLERANCE[case.dtype]
+    assert selective_cases.error(y, want) < tolerance, case
+    assert selective_cases.error(state, last) < 4e-6, case
+
+
+@pytest.mark.parametrize("weights", ["rows", "float32"])
+@pytest.mark.parametrize("length", [1, 2, 65, 700])
+@pytest.mark.parametrize("states", [4, 16, 32, 128])
+@pytest.mark.parametrize("dtype", sorted(selective_cases.TOLERANCE))
+def test_selective_states(dtype, states, length, weights):
+    """One token, and prompts in as many pieces as the policy wants."""
+    kind = dtype if weights == "rows" else "float32"
+    check_selective(selective_cases.Case(3, length, 72, states, dtype, kind))
+    check_selective(selective_cases.Case(1, length, 33, states, dtype, kind, False, True))
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 7, 32])
+def test_selective_states_in_pieces(pieces):
+    check_selective(selective_cases.Case(2, 500, 130, hard=True), pieces)
+
+
+def test_selective_states_of_many_sequences():
+    check_selective(selective_cases.Case(64, 1, 1536, 16, "bfloat16", "bfloat16"))
+    check_selective(selective_cases.Case(61, 1, 1536, 16, "float16", "float16"))
