@@ -83,6 +83,7 @@ def test_no_line_of_a_generated_file_is_unexplained(corpus):
     """What a generated file has beyond its source is an import, a site or its comment."""
     package = mlx_lm()
     marks = ("mlxrewrite", "paged_", "last_rows(", "sequence_mask(", "@per_", "row_positions(",
+             "previous_rows(", "_step(x[:, :T]",
              "delta_rule(", "state_space_dual(", "convolve(", "_scan(", "chunked_mask(",
              "mlx_lm.", "# Code generated", "# mlx-lm ", "from .", "keys = keys", "values = values",
              "tiled_heads", "update_and_fetch_latents(", "update_and_fetch_index(",
