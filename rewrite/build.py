@@ -113,6 +113,8 @@ def with_siblings(
 
 
 def _compile_all(package: Package, modules: list[str], jobs: int) -> Iterator[Built]:
+    if not modules:
+        return
     jobs = max(1, min(jobs, len(modules) // 4))
     if jobs == 1:
         yield from _compile_chunk(package, modules)

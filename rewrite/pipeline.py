@@ -14,7 +14,7 @@ from .passes.classify import classify
 from .passes.emit import emit
 from .passes.facts import absolute_module, facts
 from .passes.kept import kept_state
-from .passes.parse import ParseError, parse
+from .passes.parse import ParseError, parse, read_concretely
 from .passes.plan import Judgements, plan, verdict
 from .passes.verify import verify
 from .program import Program
@@ -53,6 +53,10 @@ class Compiler:
         module = self.load(name)
         if module is None:
             return Compiled(name, None, (self.failures[name],), ())
+        try:
+            read_concretely(module.source)
+        except ParseError as problem:
+            return Compiled(name, None, (_syntax(problem),), ())
         reached = self.closure(name)
         planned = self.plan(module)
         inputs = tuple(sorted((m.source.module, m.source.sha256) for m in reached))
@@ -79,10 +83,7 @@ class Compiler:
                 return None
             return facts(parse(source))
         except ParseError as problem:
-            line = problem.source.line_text(problem.line)
-            column = problem.column
-            where = Place(problem.source.path, problem.line, column, column + 1, line)
-            self.failures[name] = error("syntax", problem.message, where)
+            self.failures[name] = _syntax(problem)
         except OSError as problem:
             reason = problem.strerror or str(problem)
             self.failures[name] = error("unreadable", f"{name}: {reason}")
@@ -219,6 +220,13 @@ class Compiler:
             return self.plan(module) if module is not None and self.is_target(module) else None
 
         return Proofs(lambda name: self.load(name) if self.is_read(name) else None, planned)
+
+
+def _syntax(problem: ParseError) -> Diagnostic:
+    line = problem.source.line_text(problem.line)
+    column = problem.column
+    where = Place(problem.source.path, problem.line, column, column + 1, line)
+    return error("syntax", problem.message, where)
 
 
 def _inside(name: str, package: str) -> bool:

@@ -9,7 +9,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.machinery import PathFinder
-from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from importlib.metadata import (
+    PackageNotFoundError,
+    distribution,
+    packages_distributions,
+    version,
+)
 from pathlib import Path
 
 from .ir import Source
@@ -270,12 +275,26 @@ def _release(name: str, folder: Path) -> str:
     locations = list(spec.submodule_search_locations or []) if spec is not None else []
     if not any(folder.resolve().is_relative_to(Path(place).resolve()) for place in locations):
         return ""
-    for distribution in _distributions().get(top, [top]):
+    if (named := _of_the_same_name(top)) is not None:
+        return named
+    for name_ in _distributions().get(top, [top]):
         try:
-            return f"{distribution} {version(distribution)}"
+            return f"{name_} {version(name_)}"
         except PackageNotFoundError:
             continue
     return ""
+
+
+def _of_the_same_name(top: str) -> str | None:
+    """The release of the distribution called like the package, if the package is in it."""
+    try:
+        found = distribution(top)
+    except PackageNotFoundError:
+        return None
+    listed = found.read_text("RECORD") or ""
+    if not any(line.startswith(f"{top}/") for line in listed.splitlines()):
+        return None
+    return f"{found.metadata['Name']} {found.version}"
 
 
 @cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from compiling import compile_text, module
+from compiling import compile_text, mlx_lm, module
 from mlxrewrite.ir import Edit, Source, Span
 from mlxrewrite.match import every_value, live, same
 from mlxrewrite.passes.emit import splice
@@ -156,3 +156,31 @@ class Model(nn.Module):
 """
     result = compile_text(tmp_path, text)
     assert not result.errors
+
+
+def test_what_a_file_is_made_from_was_read_byte_for_byte(monkeypatch):
+    """Of the file itself, and only of it: what it imports gets no output from this."""
+    import libcst
+    from mlxrewrite.passes import parse as passes_parse
+    from mlxrewrite.pipeline import Compiler
+
+    seen: list[bytes] = []
+
+    def noting(data: bytes) -> libcst.Module:
+        seen.append(data)
+        return libcst.parse_module(data)
+
+    class Reader:
+        ParserSyntaxError = libcst.ParserSyntaxError
+        parse_module = staticmethod(noting)
+
+    monkeypatch.setattr(passes_parse, "libcst", Reader)
+    package = mlx_lm()
+    name = f"{package.name}.llama"
+    assert Compiler(package).compile(name).emitted is not None
+    assert seen == [package.read(name).data]
+
+    Reader.parse_module = staticmethod(lambda data: libcst.parse_module(data + b"\n"))
+    broken = Compiler(package).compile(name)
+    assert broken.emitted is None
+    assert [d.slug for d in broken.errors] == ["syntax"]

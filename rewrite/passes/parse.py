@@ -1,10 +1,11 @@
 """Source bytes to syntax: the only module that knows parsers.
 
-libcst reads every file: it says whether the text is Python, whatever interpreter runs the compiler,
-and must print it back byte for byte. Places come from the standard library's `ast`, which has them
-in bytes at a tenth of the time that libcst's metadata takes; edits are byte spans, so nothing else
-of the concrete tree is needed. Parentheses are the one thing `ast` leaves out: they are looked up
-in the text, so that a span covers the parentheses around its expression.
+libcst reads every file that something is made from: it says whether the text is Python, whatever
+interpreter runs the compiler, and must print it back byte for byte. Places come from the standard
+library's `ast`, which has them in bytes at a tenth of the time that libcst's metadata takes; edits
+are byte spans, so nothing else of the concrete tree is needed. Parentheses are the one thing `ast`
+leaves out: they are looked up in the text, so that a span covers the parentheses around its
+expression.
 """
 
 from __future__ import annotations
@@ -76,9 +77,7 @@ def parse(source: Source) -> Module:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of escapes in the model's strings: not ours to tell
             tree = ast.parse(source.data)
-        body = _Lower(source).suite(tree.body)
-        _read_concretely(source)
-        return Module(source, body)
+        return Module(source, _Lower(source).suite(tree.body))
     except SyntaxError as error:
         last = len(source.line_starts)
         line = min(max(error.lineno or 1, 1), last)
@@ -89,11 +88,15 @@ def parse(source: Source) -> Module:
         raise ParseError(source, "nested too deeply", 1, 1) from error
 
 
-def _read_concretely(source: Source) -> None:
-    """Have libcst read the file, after the depth of its syntax is known to be harmless.
+def read_concretely(source: Source) -> None:
+    """Have libcst read a file that `parse` has read: its syntax is not too deep.
 
     Its grammar is not the interpreter's, so two parsers must agree that this is Python; and what it
-    read must print as the very bytes of the file, which edits by spans rely on.
+    read must print as the very bytes of the file, which edits by spans rely on. That takes longer
+    than all else about a file, so only files that something is made from are read so.
+
+    Raises:
+        ParseError: with line and column.
     """
     try:
         module = libcst.parse_module(source.data)
