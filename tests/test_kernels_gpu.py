@@ -101,6 +101,84 @@ def test_routes_agree(dtype, monkeypatch):
         check(replace(case, **features), "gathered")
 
 
+CODES = [{"bits": bits, "code_group": group} for bits in (8, 4) for group in (64, 32)]
+
+
+@pytest.mark.parametrize("dtype", sorted(TOLERANCE))
+@pytest.mark.parametrize("codes", CODES, ids=str)
+@pytest.mark.parametrize("features", FEATURES, ids=str)
+def test_pools_of_codes(features, codes, dtype):
+    """Few rows go to the kernel, many to the gathered route."""
+    check(Case(**SINGLE, **features, **codes, dtype=dtype, query_heads=8))
+    check(Case(**MIXED, **features, **codes, dtype=dtype, query_heads=8))
+
+
+@pytest.mark.parametrize("codes", CODES, ids=str)
+@pytest.mark.parametrize("dim", [32, 64, 96, 128, 192, 256, 320])
+def test_head_dims_of_codes(dim, codes):
+    if dim % codes["code_group"] == 0:
+        check(Case(**SINGLE, **codes, key_dim=dim, value_dim=dim, dtype="bfloat16"))
+        check(Case(**SINGLE, **codes, key_dim=dim, value_dim=128, dtype="float16"))
+
+
+@pytest.mark.parametrize("heads", GROUPS, ids=str)
+@pytest.mark.parametrize("block_size", [8, 16, 32, 64])
+def test_groups_and_blocks_of_codes(heads, block_size):
+    many = {"query_heads": heads[0], "kv_heads": heads[1], "block_size": block_size}
+    check(Case(**SINGLE, **many, bits=8, dtype="bfloat16"))
+    check(Case(**SINGLE, **many, bits=4, dtype="float16", window=40))
+
+
+@pytest.mark.parametrize("dtype", sorted(TOLERANCE))
+@pytest.mark.parametrize("bits", [8, 4])
+def test_codes_are_nearly_those_of_mx_quantize(bits, dtype):
+    """A division may round otherwise on a device: then a value near the middle of two codes gets
+    the other one."""
+    rows = mx.random.normal((40, 3, 128)).astype(cases.DTYPES[dtype])
+    pool = ops.new_pool(
+        num_blocks=7,
+        block_size=8,
+        kv_heads=3,
+        key_dim=128,
+        value_dim=128,
+        dtype=rows.dtype,
+        quantization=ops.Quantization(bits),
+    )
+    ragged = Ragged.build([3, 37], [3, 37], [[6], [5, 0, 3, 1, 2]], 8)
+    pool = ops.write_kv(rows, rows * 2, pool, ragged)
+    assert pool.packings is not None
+    for column, factor in ((0, 1), (1, 2)):
+        packing = (pool.packings.keys, pool.packings.values)[column]
+        with mx.stream(mx.cpu):
+            want = packing.unpack(packing.pack(rows * factor)).astype(mx.float32)
+        step = float(mx.abs(rows * factor).max().item()) / 2 ** (bits - 1)
+        for sequence, part in ((0, slice(0, 3)), (1, slice(3, 40))):
+            *found, pool = ops.gather(pool, ragged, sequence, 0)
+            got = found[column][0].swapaxes(0, 1).astype(mx.float32)
+            off = mx.abs(got - want[part])
+            assert off.max() <= 1.1 * step
+            assert (off > step / 8).mean() < 1e-3
+    blocks = [6, 5, 0, 3, 1, 2]
+    keys, values, pool = ops.read_blocks(pool, blocks)
+    pool = ops.write_blocks(pool, blocks[::-1], keys, values)
+    again = ops.read_blocks(pool, blocks[::-1])
+    assert mx.array_equal(again[0], keys) and mx.array_equal(again[1], values)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_copies_of_blocks_of_codes(bits):
+    made = cases.make(Case(**SINGLE, dtype="bfloat16", bits=bits))
+    pool = ops.write_kv(made.keys, made.values, made.pool, made.ragged)
+    used = [block for table in made.ragged.tables for block in table]
+    free = [block for block in range(pool.num_blocks) if block not in used]
+    moved = dict(zip(made.ragged.tables[1], free, strict=False))
+    pool = ops.copy_blocks(pool, list(moved), list(moved.values()))
+    tables = [[moved.get(block, block) for block in table] for table in made.ragged.tables]
+    ragged = Ragged.build(made.case.query_lens, made.case.context_lens, tables, 16)
+    out, _ = ops.attention(made.queries, pool, ragged, scale=64**-0.5)
+    assert cases.error(out, cases.exact(made)) < TOLERANCE["bfloat16"]
+
+
 def test_copies_of_blocks():
     made = cases.make(Case(**SINGLE, dtype="bfloat16"))
     pool = ops.write_kv(made.keys, made.values, made.pool, made.ragged)
@@ -114,7 +192,7 @@ def test_copies_of_blocks():
     assert cases.error(out, cases.exact(made)) < TOLERANCE["bfloat16"]
 
 
-def decoding(steps: int, *, lazily: bool) -> tuple[float, int]:
+def decoding(steps: int, *, lazily: bool, bits: int | None = None) -> tuple[float, int]:
     """Decode `steps` steps over a pool of half a gigabyte without waiting for any: the largest
     error against values known in advance, and the memory needed beyond the pool."""
     heads, width, size, blocks = 8, 128, 16, 8192
@@ -125,6 +203,7 @@ def decoding(steps: int, *, lazily: bool) -> tuple[float, int]:
         key_dim=width,
         value_dim=width,
         dtype=mx.bfloat16,
+        quantization=None if bits is None else ops.Quantization(bits),
     )
     mx.eval(pool.arrays())
     mx.synchronize()
@@ -150,9 +229,11 @@ def decoding(steps: int, *, lazily: bool) -> tuple[float, int]:
     return wrong, peak
 
 
+@pytest.mark.parametrize("bits", [None, 8, 4])
 @pytest.mark.parametrize("lazily", [False, True])
-def test_writes_are_in_place_and_in_order(lazily):
-    wrong, peak = decoding(200 if not lazily else 60, lazily=lazily)
+def test_writes_are_in_place_and_in_order(lazily, bits):
+    # Equal values in a group are kept exactly in any number of bits.
+    wrong, peak = decoding(200 if not lazily else 60, lazily=lazily, bits=bits)
     assert wrong <= 0.5  # bfloat16 keeps 8 bits of means up to 100
     assert peak < 64 << 20, f"{peak / 2**20:.0f} MiB beyond the pool: it was copied"
 
@@ -163,10 +244,12 @@ def test_the_copying_form_is_right(monkeypatch):
     assert wrong <= 0.25
 
 
+@pytest.mark.parametrize("bits", [0, 8, 4])
 @pytest.mark.parametrize("banded", [False, True])
-def test_preparing(banded, monkeypatch):
+def test_preparing(banded, bits, monkeypatch):
     monkeypatch.undo()
-    layer = ops.AttentionSpec(64, 64, 8, 2, 16, "float16", "float16", sinks=True)
+    codes = {"bits": bits, "code_group": 64 if bits else 0}
+    layer = ops.AttentionSpec(64, 64, 8, 2, 16, "float16", "float16", sinks=True, **codes)
     calls.prepare(layer, banded, launch.active())
     mx.synchronize()
 
