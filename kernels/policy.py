@@ -99,15 +99,23 @@ def assign(
         raise ValueError(f"attention: {lacking}; the gathered route serves it")
     if lacking is not None or route == "gathered":
         return Assignment((), (), everyone)
-    decode, tiled, gathered = [], [], []
     single = _decodes(layer)
+    if layer.bits:
+        if route == "kernel" and not single:
+            raise ValueError(
+                "attention: no kernel reads codes for heads or groups as wide as these; the "
+                "gathered route serves them"
+            )
+        short = [single and (route == "kernel" or n < CODES_ROWS) for n in ragged.query_lens]
+        return Assignment(
+            tuple(i for i in everyone if short[i]), (), tuple(i for i in everyone if not short[i])
+        )
+    decode, tiled, gathered = [], [], []
     for i in everyone:
         length, context = ragged.query_lens[i], ragged.context_lens[i]
-        if single and length < (CODES_ROWS if layer.bits else DECODE_ROWS):
+        if single and length < DECODE_ROWS:
             decode.append(i)
-        elif layer.bits or (
-            route is None and length >= GATHER_ROWS and _gathers(band, context, layer)
-        ):
+        elif route is None and length >= GATHER_ROWS and _gathers(band, context, layer):
             gathered.append(i)
         else:
             tiled.append(i)

@@ -60,11 +60,15 @@ def test_attention(case: Case):
 def test_quantised_rows_go_to_decode_or_are_gathered():
     made = cases.make(Case(**MIXED, bits=8))
     layer = ops.attention_spec(made.queries, made.pool)
-    goes = policy.assign(made.ragged, layer, band=None, route="kernel")
+    goes = policy.assign(made.ragged, layer, band=None, route=None)
     assert goes == policy.Assignment((0, 1, 3), (), (2,))
-    wide = replace(layer, key_dim=320, value_dim=320)
-    goes = policy.assign(made.ragged, wide, band=None, route=None)
-    assert goes == policy.Assignment((), (), (0, 1, 2, 3))
+    goes = policy.assign(made.ragged, layer, band=None, route="kernel")
+    assert goes == policy.Assignment((0, 1, 2, 3), (), ())
+    for wide in (replace(layer, key_dim=320), replace(layer, query_heads=34)):
+        goes = policy.assign(made.ragged, wide, band=None, route=None)
+        assert goes == policy.Assignment((), (), (0, 1, 2, 3))
+        with pytest.raises(ValueError, match="no kernel reads codes for heads or groups"):
+            policy.assign(made.ragged, wide, band=None, route="kernel")
 
 
 @pytest.mark.usefixtures("kernels")

@@ -37,6 +37,8 @@ MANY = Case((1, 5, 35), (9, 37, 70), key_dim=32, value_dim=32, window=20, dtype=
 PARTS = Case((9,), (40,), query_heads=2, kv_heads=1, key_dim=32, value_dim=256)
 STAGED = Case((1, 5, 35), (9, 37, 70), key_dim=32, value_dim=32, window=50, dtype="bfloat16")
 HEADS = Case((1,), (20,), query_heads=8, kv_heads=8)
+CODES = Case((1, 1), (9, 300), query_heads=6, kv_heads=3, dtype="float16", bits=4)
+MANY_CODES = Case((1, 9), (9, 30), dtype="float16", bits=8)
 SPLIT = Case((1, 1), (130, 70), query_heads=2, kv_heads=1, sinks=True)
 
 
@@ -360,6 +362,58 @@ BUGS = {
     "write: const cast away without a word": Bug(
         "write", ROWS, "const_cast<device P*>(key_pool) + slot", "key_pool + slot", COMPILER
     ),
+    # Pools of codes.
+    "decode: codes from the other end of a word": Bug(
+        "decode", CODES, "word >> (BITS * i)", "word >> (BITS * (32 / BITS - 1 - i))", REFERENCE
+    ),
+    "decode: pairs of the next head": Bug(
+        "decode",
+        CODES,
+        "(head * BLOCK + key % BLOCK) * ROW",
+        "((head + 1) * BLOCK + key % BLOCK) * ROW",
+        REFERENCE + "|" + BOUNDS,
+    ),
+    "decode: pairs of the keys before": Bug(
+        "decode",
+        CODES,
+        "key_pairs, key_words, blocks, kv_head, tile + stride,",
+        "key_pairs, key_words, blocks, kv_head, tile,",
+        REFERENCE,
+    ),
+    "quantize: the range of half a group": Bug(
+        "quantize", CODES, "distance < LANES;", "distance < LANES / 2;", REFERENCE
+    ),
+    "quantize: lanes that leave before the shuffles": Bug(
+        "quantize",
+        CODES,
+        "const int word = min(",
+        "if (first + thread_index >= WORDS) { break; }\n    const int word = min(",
+        DIVERGENCE,
+    ),
+    "quantize: a row too far": Bug(
+        "quantize",
+        CODES,
+        "const int row = slot % BLOCK;",
+        "const int row = (slot + 1) % BLOCK;",
+        REFERENCE,
+    ),
+    "quantize: all rows into one slot": Bug("quantize", CODES, "slots[row],", "slots[0],", RACE),
+    "quantize: a word too many": Bug(
+        "quantize", CODES, "thread_index < WORDS)", "thread_index <= WORDS)", RACE + "|" + BOUNDS
+    ),
+    "dequantize: pairs of the next group": Bug(
+        "dequantize",
+        MANY_CODES,
+        "word % ROW / LANES * PAIR);",
+        "word % ROW / LANES * PAIR + PAIR);",
+        REFERENCE + "|" + BOUNDS,
+    ),
+    "dequantize: an element too many": Bug(
+        "dequantize", MANY_CODES, "word < HEADS * ROW;", "word <= HEADS * ROW;", BOUNDS + "|" + RACE
+    ),
+    "dequantize: heads that overlap": Bug(
+        "dequantize", MANY_CODES, "* length + position)", "* (length - 1) + position)", RACE
+    ),
 }
 
 
@@ -375,7 +429,7 @@ def outcome(bug: Bug, monkeypatch: pytest.MonkeyPatch) -> str:
     made = hostile(bug.case)
     with recorded(bug.template, bug.old, bug.new) as launches:
         try:
-            out, pool = cases.run(made, "kernel")
+            out, pool = cases.run(made, None if bug.template == "dequantize" else "kernel")
             mx.eval(out, *pool.arrays())
         except KernelError as error:
             return str(error)
