@@ -373,11 +373,11 @@ BUGS = {
         "((head + 1) * BLOCK + key % BLOCK) * ROW",
         REFERENCE + "|" + BOUNDS,
     ),
-    "decode: pairs of the keys before": Bug(
+    "decode: pairs of the next keys": Bug(
         "decode",
         CODES,
         "key_pairs, key_words, blocks, kv_head, tile + stride,",
-        "key_pairs, key_words, blocks, kv_head, tile,",
+        "key_pairs, key_words, blocks, kv_head, tile + stride + 1,",
         REFERENCE,
     ),
     "quantize: the range of half a group": Bug(
