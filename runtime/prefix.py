@@ -36,6 +36,7 @@ class Found:
     length: int
     tables: tuple[BlockTable, ...]
     last: bytes | None = None  # the hash of the last block that is wanted whole
+    state: bytes | None = None  # the hash of the tokens, where states after them are wanted
 
 
 @dataclass(slots=True, eq=False)
@@ -105,7 +106,12 @@ class PrefixIndex:
         return digest
 
     def find(self, tokens: Sequence[int], most: int) -> Found | None:
-        """The longest prefix of at most `most` tokens that blocks hold; None if there is none."""
+        """The longest prefix of at most `most` tokens that blocks hold; None if there is none.
+
+        Where nothing is paged there is nothing to look for: any prefix will do.
+        """
+        if not self._used:
+            return Found(most, tuple(BlockTable() for _ in self._groups))
         hashes = self.hashes(tokens, most)
         count = self._whole(hashes)
         parent = hashes[count - 1] if count else ROOT

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from .blocks import BlockAllocator, BlockTable
 from .cache import PagedCache
@@ -54,6 +54,8 @@ class PagedStore:
         self._nameless: set[int] = set()
         self._reading: dict[int, int] = {}  # sequences that are shorter than they were admitted for
         self._snapshots: OrderedDict[bytes, Snapshot] = OrderedDict()  # the latest used last
+        # Snapshots inside a block: its first tokens, by the hash of the blocks before.
+        self._inside: dict[bytes, dict[bytes, tuple[int, ...]]] = {}
         self._snapshot_bytes = snapshot_bytes
 
     # ------------------------------------------------------------ the scheduler's view
@@ -140,15 +142,19 @@ class PagedStore:
             start = len(hashes) * size
             parent = hashes[-1] if hashes else ROOT
             hashes.append(index.name(tables, len(hashes), parent, tokens[start : start + size]))
-        if hashes and count == len(hashes) * size:
-            self._keep(sequence, count, hashes[-1])
-        rest = tokens[len(hashes) * size : count]
+        parent = hashes[-1] if hashes else ROOT
+        rest = tuple(tokens[len(hashes) * size : count])
+        if hashes and not rest:
+            self._keep(sequence, count, parent, ending)
         if ending and rest:
-            index.name(tables, len(hashes), hashes[-1] if hashes else ROOT, rest)
+            self._keep(sequence, count, index.name(tables, len(hashes), parent, rest), ending)
+            if chain(parent, rest) in self._snapshots:
+                self._inside.setdefault(parent, {})[chain(parent, rest)] = rest
 
     def forget_names(self) -> None:
         """No block is known any more: what they hold is lost."""
         self._snapshots.clear()
+        self._inside.clear()
         if self._index is not None:
             self._index.clear()
 
@@ -218,17 +224,33 @@ class PagedStore:
             return found
         size = self.cache.block_size
         hashes = index.hashes(tokens, most)
-        for count in range(len(hashes), 0, -1):
-            if hashes[count - 1] not in self._snapshots:
-                continue
-            found = index.find(tokens, count * size)
-            if found is not None and found.length == count * size:
-                return found
+        for count in range(len(hashes), -1, -1):
+            parent = hashes[count - 1] if count else ROOT
+            here = {digest: len(rest) for digest, rest in self._begins(parent, tokens, count, most)}
+            if count and parent in self._snapshots:
+                here[parent] = 0
+            for digest, extra in sorted(here.items(), key=lambda item: -item[1]):
+                found = index.find(tokens, count * size + extra)
+                if found is not None and found.length == count * size + extra:
+                    return replace(found, state=digest)
         return None
 
-    def _keep(self, sequence: int, count: int, digest: bytes) -> None:
-        """Copy the states after the first `count` tokens, for others that begin with them."""
-        if not self.cache.states or count > self._reading.get(sequence, 0):
+    def _begins(
+        self, parent: bytes, tokens: Sequence[int], count: int, most: int
+    ) -> Iterator[tuple[bytes, tuple[int, ...]]]:
+        """Snapshots behind the first tokens of the block after `count` blocks of these tokens."""
+        start = count * self.cache.block_size
+        for digest, rest in self._inside.get(parent, {}).items():
+            if start + len(rest) <= most and tuple(tokens[start : start + len(rest)]) == rest:
+                yield digest, rest
+
+    def _keep(self, sequence: int, count: int, digest: bytes, ending: bool) -> None:
+        """Copy the states after the first `count` tokens, for others that begin with them.
+
+        Of a prompt, and of a sequence at its end: what follows a prompt is long, and others go on
+        from its end at most.
+        """
+        if not self.cache.states or (count > self._reading.get(sequence, 0) and not ending):
             return
         if digest in self._snapshots:
             self._snapshots.move_to_end(digest)
@@ -241,9 +263,18 @@ class PagedStore:
         left = self._snapshot_bytes - snapshot.nbytes
         held = sum(other.nbytes for other in self._snapshots.values())
         while self._snapshots and held > left:
-            held -= self._snapshots.popitem(last=False)[1].nbytes
+            gone, other = self._snapshots.popitem(last=False)
+            held -= other.nbytes
+            self._forget_inside(gone)
         if left >= 0:
             self._snapshots[digest] = snapshot
+
+    def _forget_inside(self, digest: bytes) -> None:
+        for parent, known in self._inside.items():
+            if known.pop(digest, None) is not None:
+                if not known:
+                    del self._inside[parent]
+                return
 
     # ----------------------------------------------------------------------- room
 
@@ -260,9 +291,9 @@ class PagedStore:
         if found is None:
             return self.cache.add_sequence()
         snapshot = None
-        if self.cache.states and found.last is not None:
-            snapshot = self._snapshots[found.last]
-            self._snapshots.move_to_end(found.last)
+        if found.state is not None:
+            snapshot = self._snapshots[found.state]
+            self._snapshots.move_to_end(found.state)
         sequence = self.cache.adopt(found.tables, found.length, snapshot)
         self.stats.copied_blocks += found.length % self.cache.block_size != 0
         return sequence

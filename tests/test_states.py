@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlx_lm.generate import StopSequences
 from mlx_lm.models.cache import make_prompt_cache
 from mlxrewrite.runtime import per_length
 from mlxrewrite.runtime.cache import PagedCache
@@ -261,6 +262,72 @@ def test_equal_beginnings_are_read_once(name):
             wanted += new
         assert engine.run() == {name: wanted}
     assert engine._store is not None and engine._store.stats.reused == 20 + 20 + 20
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("name", ["qwen3_next", "mamba2", "baichuan_m1"])
+def test_the_next_turn_goes_on_from_the_answer(name, overlap):
+    """What was generated is not read again, wherever in a block it ended; also by two at once."""
+    original, rewritten = models(name)
+    engine = Engine(rewritten, block_size=4, max_rows=9, max_running=4)
+    engine._overlap = overlap  # as on devices whose kernels write in place
+    for first in (9, 11, 3):
+        tokens = [(5 * i + first) % 50 + 3 for i in range(first)]
+        for turn, new in enumerate([[], [9, 4], [8]]):
+            known = len(tokens) - 1  # the last one was sampled and not read
+            tokens += new
+            before = 0 if engine._store is None else engine._store.stats.reused
+            prompts = [tokens, [*tokens, 7]][: 1 + (turn == 2)]
+            asked = [engine.add(Request(prompt, 6)) for prompt in prompts]
+            found = engine.run()
+            for request, prompt in zip(asked, prompts, strict=True):
+                assert found[request] == greedy(original, prompt, 6)
+            if turn:
+                assert engine._store.stats.reused - before == known * len(prompts)
+            tokens += found[asked[0]]
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "mamba2"])
+def test_a_turn_that_differs_does_not_go_on_from_the_answer(name):
+    original, rewritten = models(name)
+    engine = Engine(rewritten, block_size=4, max_rows=9, max_running=4)
+    prompt = [5, 9, 3, 7, 1, 2]
+    engine.add(Request([1, 2, 3], 2))  # from then on it is known what blocks and states hold
+    engine.run()
+    engine.add(Request(prompt, 6))
+    (answer,) = engine.run().values()
+    other = [*prompt, *answer[:4], (answer[4] + 1) % 90, 3]
+    request = engine.add(Request(other, 1))
+    assert engine.run() == {request: greedy(original, other, 1)}
+    assert engine._store.stats.reused == 4  # a whole block of the prompt
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_the_turn_after_a_token_that_ends_the_text(overlap):
+    """A step with that token may be under way when it is seen: then the states have it too."""
+    original, rewritten = models("qwen3_next")
+    engine = Engine(rewritten, block_size=4, max_rows=9, max_running=4)
+    engine._overlap = overlap
+    engine.add(Request([1, 2, 3], 2))
+    engine.run()
+    for prompt in ([5, 9, 3, 7, 1], [8, 8, 2, 6, 4, 4]):
+        wanted = greedy(original, prompt, 8)
+        end = next(i for i in range(1, 8) if wanted[i] not in wanted[:i])
+        engine.add(Request(prompt, 20, stop=StopSequences([[wanted[end]]])))
+        (answer,) = engine.run().values()
+        assert answer == wanted[: end + 1]
+        before, turn = engine._store.stats.reused, [*prompt, *answer, 9, 4]
+        request = engine.add(Request(turn, 4))
+        assert engine.run() == {request: greedy(original, turn, 4)}
+        assert engine._store.stats.reused - before >= len(prompt) + len(answer) - 1
+
+
+def greedy(original, prompt: list[int], count: int) -> list[int]:
+    caches, found, rest = make_prompt_cache(original), [], prompt
+    for _ in range(count):
+        rest = [int(original(mx.array([rest]), cache=caches)[0, -1].argmax())]
+        found += rest
+    return found
 
 
 def test_snapshots_give_way_when_there_is_no_memory():
