@@ -443,7 +443,10 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """A class was recognised: its kind, the route it takes and the edits that follow."""
+    """A class was recognised: its kind, the route it takes and the edits that follow.
+
+    `otherwise` is what it becomes in a file whose rewritten text is not proved row by row.
+    """
 
     kind: str
     route: str  # "kernel" | "gathered" | "per-sequence"
@@ -453,6 +456,7 @@ class Match:
     sites: tuple[Site, ...]
     edits: tuple[Edit, ...]
     imports: tuple[str, ...]
+    otherwise: Match | None = None
 
 
 @dataclass(frozen=True, slots=True)

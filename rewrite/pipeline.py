@@ -9,7 +9,7 @@ from functools import cached_property
 from .diagnostics import error
 from .ir import Diagnostic, Emitted, Match, ModuleFacts, Place, Plan, Refusal, Verdict
 from .languages import outside, settle
-from .passes.axes import Proofs
+from .passes.axes import Proof, Proofs
 from .passes.classify import classify
 from .passes.emit import emit
 from .passes.facts import absolute_module, facts
@@ -138,10 +138,11 @@ class Compiler:
 
     def _judge(self, program: Program, module: ModuleFacts) -> dict[str, Match | Refusal]:
         if self.is_target(module):
-            return classify(program, module)
+            found = classify(program, module)
+            return _unproved(found) if self.package.nested else found
         if not self.package.nested:
             return {}
-        found = classify(program, module)
+        found = _unproved(classify(program, module))  # texts of larger models are not proved
         return {cls: outside(program, cls, judged) for cls, judged in found.items()}
 
     def judged(self, module: ModuleFacts) -> tuple[Program, Judgements]:
@@ -167,6 +168,9 @@ class Compiler:
         """The edits of a module whose mode is settled."""
         name = module.source.module
         if name not in self.plans:
+            for reached in self.closure(name) if not self.package.nested else ():
+                if self.is_target(reached):
+                    self.verdict(reached)  # a file without a proof is judged anew
             self.plans[name] = self._plan(module, *self.judged(module))
         return self.plans[name]
 
@@ -202,8 +206,7 @@ class Compiler:
             self.settled[name] = found  # for a circle of imports
             reasons, assumptions = found.reasons, found.assumptions
             if found.mode == "sites":
-                planned = self._plan(module, program, judgements)
-                proof = self.proofs.prove(module, planned, judgements)
+                proof = self._proof(module)
                 reasons = (proof.failure,) if proof.failure is not None else ()
                 assumptions = proof.assumptions
             if found.entry is not None and reasons:
@@ -212,6 +215,19 @@ class Compiler:
             else:
                 self.settled[name] = Verdict(found.mode, found.entry, reasons, assumptions)
         return self.settled[name]
+
+    def _proof(self, module: ModuleFacts) -> Proof:
+        """A proof of the file's text, with its classes as they may be without one if need be."""
+        program, judgements = self.judged(module)
+        proof = self.proofs.prove(module, self._plan(module, program, judgements), judgements)
+        name = module.source.module
+        own = self.judgements[name]
+        if proof.failure is None or (other := _unproved(own)) == own:
+            return proof
+        self.judgements[name] = other
+        self.linked.clear()
+        program, judgements = self.judged(module)
+        return self.proofs.prove(module, self._plan(module, program, judgements), judgements)
 
     @cached_property
     def proofs(self) -> Proofs:
@@ -227,6 +243,14 @@ def _syntax(problem: ParseError) -> Diagnostic:
     column = problem.column
     where = Place(problem.source.path, problem.line, column, column + 1, line)
     return error("syntax", problem.message, where)
+
+
+def _unproved(found: dict[str, Match | Refusal]) -> dict[str, Match | Refusal]:
+    """Judgements that need no proof of the rest of their file."""
+    return {
+        cls: judged.otherwise if isinstance(judged, Match) and judged.otherwise else judged
+        for cls, judged in found.items()
+    }
 
 
 def _inside(name: str, package: str) -> bool:

@@ -97,12 +97,7 @@ class Reach:
 
     def token_shifts(self) -> bool:
         """`concatenate([state, x[:, :-1]], axis=1)`."""
-        for method in self.methods:
-            for value in every_value(method):
-                got = library_call(self.program, value, "mlx.core.concatenate")
-                if got and got[0].op == "list" and any(map(_drops_last, got[0].args)):
-                    return True
-        return False
+        return any(is_token_shift(self.program, method) for method in self.methods)
 
     def joins_state(self) -> bool:
         """`concatenate([cache[i], parameter], ...)`."""
@@ -118,6 +113,15 @@ class Reach:
                 ):
                     return True
         return False
+
+
+def is_token_shift(program: Program, method: Method) -> bool:
+    """The method joins something with all but the last of something."""
+    for value in every_value(method):
+        got = library_call(program, value, "mlx.core.concatenate")
+        if got and got[0].op == "list" and any(map(_drops_last, got[0].args)):
+            return True
+    return False
 
 
 def _appended(cls: ClassFacts, name: str) -> Iterator[Value]:

@@ -100,9 +100,9 @@ def per_length(method: _Method) -> _Method:
         groups = groups_of(batch, views)
         results = []
         for group in groups:
-            gather = _Gather(batch, group)
+            gather = Gather(batch, group)
             results.append(method(args[0], *gather(args[1:]), **gather(kwargs)))
-        return _rows_of(results, groups, batch.num_rows, method)
+        return rows_of(results, groups, batch.num_rows, method)
 
     return run
 
@@ -115,11 +115,12 @@ def groups_of(batch: Batch, views: Sequence[View]) -> tuple[Group, ...]:
     )
     found: tuple[Group, ...] | None = batch.memo.get(key)
     if found is None:
-        found = batch.memo[key] = tuple(_grouped(batch, key))
+        found = batch.memo[key] = tuple(grouped(batch, key))
     return found
 
 
-def _grouped(batch: Batch, key: tuple[tuple[Any, ...], ...]) -> Iterator[Group]:
+def grouped(batch: Batch, key: tuple[tuple[Any, ...], ...]) -> Iterator[Group]:
+    """The sequences of a batch, those with equal entries of `key` together."""
     members: dict[tuple[Any, ...], list[int]] = {}
     for number, kind in enumerate(key):
         members.setdefault(kind, []).append(number)
@@ -144,7 +145,7 @@ def _tables(view: View) -> Iterator[StateTable]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Gather:
+class Gather:
     """Turns arguments of a ragged batch into those of one group."""
 
     batch: Batch
@@ -189,15 +190,16 @@ class _Gather:
         return rows.reshape(count, length, *value.shape[2:])
 
 
-def _rows_of(
+def rows_of(
     results: list[Any], groups: tuple[Group, ...], total: int, method: Callable[..., Any]
 ) -> Any:
+    """Results [N, L, ...] of each group, or tuples or lists of them, as rows [T, 1, ...]."""
     first = results[0]
     if first is None and all(result is None for result in results):
         return None
     if type(first) in (tuple, list):
         columns = zip(*results, strict=True)
-        return type(first)(_rows_of(list(parts), groups, total, method) for parts in columns)
+        return type(first)(rows_of(list(parts), groups, total, method) for parts in columns)
     found = []
     for result, group in zip(results, groups, strict=True):
         wanted = (len(group.sequences), group.length)

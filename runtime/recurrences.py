@@ -14,6 +14,8 @@ from mlxrewrite.kernels import delta, linear, low_rank, scan, selective
 from mlxrewrite.kernels.depthwise import MOST_TAPS, depthwise
 
 from .errors import RuntimeRefusal
+from .row_states import by_length
+from .views import HeldState, NewState
 
 __all__ = [
     "convolve",
@@ -117,7 +119,7 @@ def diagonal_scan(x: str, a: str, h: str) -> Callable[[_Function], _Function]:
     The arguments are the function's names of x and a [N, L, D] and of the state [N, D] before the
     first token, None for zeros. It returns all h, and the last one.
     """
-    return _replaced(lambda given: scan.diagonal(given[x], given[a], given[h]))
+    return _replaced(lambda given, _: scan.diagonal(given[x], given[a], given[h]))
 
 
 def lightning_scan(
@@ -133,7 +135,7 @@ def lightning_scan(
     compared with the recurrence when it is first called.
     """
 
-    def run(given: dict[str, Any]) -> tuple[mx.array, mx.array]:
+    def run(given: dict[str, Any], function: _Function) -> tuple[mx.array, mx.array]:
         queries, keys, values = (given[name].swapaxes(1, 2) for name in (q, k, v))
         decay = mx.broadcast_to(given[g].astype(mx.float32), queries.shape[:3])
         state = given[h]
@@ -154,26 +156,33 @@ def low_rank_scan(
 
     The arguments are the function's names of r, w, k, v, a and b [N, L, H, D] and of the state
     [N, H, D, D] before the first token, None for zeros. It returns y [N, L, H, D, 1] in the type of
-    r, and the last state in float32.
+    r, and the last state in float32. With a state in a paged cache they are rows [T, 1, H, D].
     """
 
-    def run(given: dict[str, Any]) -> tuple[mx.array, mx.array]:
+    def run(given: dict[str, Any], function: _Function) -> tuple[mx.array, mx.array | NewState]:
         rows = given[r], given[w], given[k], given[v], given[a], given[b]
         if any(x.ndim != 4 for x in rows):
             shapes = ", ".join(str(list(x.shape)) for x in rows)
             raise TypeError(f"expected rows [N, L, heads, width], got {shapes}")
-        y, state = low_rank.low_rank_rule(*rows, given[h])
-        return y[..., None], state
+        if isinstance(given[h], HeldState):
+            return by_length(given[h], rows, function, over)
+        return over(rows, given[h])
+
+    def over(rows: Sequence[mx.array], state: mx.array | None) -> tuple[mx.array, mx.array]:
+        query, decay, key, value, reading, writing = rows
+        y, last = low_rank.low_rank_rule(query, decay, key, value, reading, writing, state)
+        return y[..., None], last
 
     return _replaced(run)
 
 
 def _replaced(
-    run: Callable[[dict[str, Any]], Any],
+    run: Callable[[dict[str, Any], _Function], Any],
     compare: Callable[[_Function, dict[str, Any], dict[str, Any]], None] | None = None,
     names: Sequence[str] = (),
 ) -> Callable[[_Function], _Function]:
-    """A decorator: the function's arguments, by its own names, go to `run`.
+    """A decorator: the function's arguments, by its own names, go to `run`, and so does the
+    function.
 
     `compare` gets the function, the arguments with the `names` and all others; it is called when
     those others, which must be plain Python values, are met for the first time.
@@ -192,7 +201,7 @@ def _replaced(
                 if (key := _plain_values(function, others)) not in compared:
                     compare(function, bound.arguments, others)
                     compared.add(key)
-            return run(bound.arguments)
+            return run(bound.arguments, function)
 
         return call
 

@@ -45,11 +45,12 @@ class Snapshot:
 class StateTable:
     """The slots of one entry of a cache list, with `size` arrays for every sequence."""
 
-    __slots__ = ("_slots", "size")
+    __slots__ = ("_slots", "_writes", "size")
 
     def __init__(self, size: int) -> None:
         self.size = size
         self._slots: tuple[dict[int, _Slot], ...] = tuple({} for _ in range(size))
+        self._writes = [0] * size
 
     @property
     def used(self) -> bool:
@@ -84,6 +85,10 @@ class StateTable:
         parts = [_taken(rows, places) for rows, places in _runs(held)]
         return parts[0] if len(parts) == 1 else mx.concatenate(parts)
 
+    def writes(self, index: int) -> int:
+        """How often array `index` was written, of any sequences."""
+        return self._writes[index]
+
     def write(self, index: int, sequences: tuple[int, ...], states: mx.array) -> None:
         """Replace array `index` of the sequences by the rows of `states` [n, ...]."""
         if states.ndim == 0 or states.shape[0] != len(sequences):
@@ -91,6 +96,7 @@ class StateTable:
                 f"state {index}: expected [{len(sequences)}, ...], one row for each sequence, got "
                 f"{list(states.shape)}"
             )
+        self._writes[index] += 1
         slots = self._slots[index]
         first = slots.get(sequences[0])
         if first is not None and first.rows.members == sequences:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 import mlx.core as mx
 
@@ -177,7 +178,7 @@ class ChunkedView(PagedView):
 
 
 class StateView(View):
-    """State of a mixer that runs once per sequence, or once per length."""
+    """State of a mixer that runs once per sequence, once per length, or on rows through ops."""
 
     __slots__ = ("leaf",)
 
@@ -204,14 +205,76 @@ class StateView(View):
         del N, window_size, return_array
         return MaskSpec(kind="sequence", path=self.path)
 
-    def __getitem__(self, index: int) -> NoReturn:
-        raise TypeError(
-            f"state {index} of cache entry {self.entry} belongs to sequences: its mixer must be "
-            "marked `per_length` or `per_sequence`"
-        )
+    def __getitem__(self, index: int) -> HeldState:
+        return HeldState(self, self._place(index))
 
     def __setitem__(self, index: int, value: object) -> None:
-        self[index]
+        place = self._place(index)
+        if not isinstance(value, NewState):
+            raise TypeError(
+                f"state {index} of cache entry {self.entry} belongs to sequences, and was set to "
+                f"{type(value).__name__}: its mixer must be marked `per_length` or "
+                "`per_sequence`, or store what an op of the runtime returned"
+            )
+        for sequences, states in value.parts(self.batch):
+            self.table.write(place, sequences, states)
+
+    def _place(self, index: int) -> int:
+        size = self.table.size
+        if not -size <= index < size:
+            raise IndexError(f"state {index} of {size}")
+        return index % size
+
+
+class HeldState(Opaque):
+    """What `cache[i]` of an entry of states is to a mixer that runs on rows: the states of all
+    sequences, before the step. Ops of the runtime read it; it is no array and never None."""
+
+    __slots__ = ("_writes", "place", "view")
+    _rule: ClassVar[str] = (
+        "a state belongs to sequences: its mixer must be marked `per_length` or `per_sequence`, or "
+        "hand it to an op of the runtime"
+    )
+
+    def __init__(self, view: StateView, place: int) -> None:
+        self.view = view
+        self.place = place
+        self._writes = view.table.writes(place)
+
+    @property
+    def batch(self) -> Batch:
+        return self.view.batch
+
+    def begun(self) -> tuple[bool, ...]:
+        """Which of the batch's sequences have a state."""
+        table = self.view.table
+        return tuple(table.holds(part.sequence)[self.place] is not None for part in self.batch.rows)
+
+    def read(self, sequences: tuple[int, ...]) -> mx.array | None:
+        """States [n, ...] of sequences that have one, None of sequences that have none.
+
+        Raises RuntimeError if the state was replaced since it was taken from the cache.
+        """
+        table = self.view.table
+        if table.writes(self.place) != self._writes:
+            raise RuntimeError(f"{self!r} was replaced before it was read")
+        return table.read(self.place, sequences) if sequences else None
+
+    def __repr__(self) -> str:
+        return f"<state {self.place} of cache entry {self.view.entry}>"
+
+
+States = Iterable[tuple[tuple[int, ...], mx.array]]
+
+
+class NewState(Opaque):
+    """A state after the step, to be stored in a cache: for some sequences at a time, [n, ...]."""
+
+    __slots__ = ("parts",)
+    _rule: ClassVar[str] = "a new state may only be stored in a cache"
+
+    def __init__(self, parts: Callable[[Batch], States]) -> None:
+        self.parts = parts
 
 
 class ListView(View):

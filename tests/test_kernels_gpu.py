@@ -20,7 +20,7 @@ os.environ["MLX_ENABLE_TF32"] = "0"
 import mlx.core as mx
 import pytest
 from kernel_cases import TOLERANCE, Case
-from mlxrewrite.kernels import calls, launch, low_rank, ops, policy, selective
+from mlxrewrite.kernels import calls, launch, low_rank, ops, policy, selective, shift
 from mlxrewrite.kernels.ops import Ragged
 
 WANTED = os.environ.get("MLXREWRITE_BACKEND")
@@ -305,3 +305,14 @@ def test_selective_states_in_pieces(pieces):
 def test_selective_states_of_many_sequences():
     check_selective(selective_cases.Case(64, 1, 1536, 16, "bfloat16", "bfloat16"))
     check_selective(selective_cases.Case(61, 1, 1536, 16, "float16", "float16"))
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("width", [1, 40, 700, 4096])
+def test_token_shift(width, dtype):
+    rows, states = mx.random.normal((900, width)).astype(dtype), mx.ones((2, width), dtype)
+    origins = shift.Origins.of((3, 5, 1, 891), (True, False, True, False))
+    got = shift.shift(rows, states, origins)
+    assert mx.array_equal(got, shift._plain(rows, states, origins))
+    none = shift.Origins.of((900,), (False,))
+    assert mx.array_equal(shift.shift(rows, None, none), shift._plain(rows, None, none))

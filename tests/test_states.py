@@ -165,14 +165,14 @@ def _convolution_state_off_by_one(patch):
 
 
 def _results_in_the_order_of_groups(patch):
-    plain = per_length._rows_of
+    plain = per_length.rows_of
 
     def rows_of(results, groups, total, method):
         whole = [replace(group, rows=None) for group in groups]
         found = [plain([r], (g,), total, method) for r, g in zip(results, whole, strict=True)]
         return mx.concatenate(found)
 
-    patch.setattr(per_length, "_rows_of", rows_of)
+    patch.setattr(per_length, "rows_of", rows_of)
 
 
 @pytest.mark.parametrize(

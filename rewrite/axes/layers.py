@@ -13,6 +13,7 @@ from .domain import (
     WANTED,
     ZERO,
     Array,
+    Axis,
     Constant,
     Dead,
     Instance,
@@ -258,6 +259,35 @@ def _row_positions(c: Context, offset: Value, ndim: Value = _FOUR) -> Value:
     return Array(((ROWS,), *((),) * (ndim.value - 1)))
 
 
+def _row_shape(x: Array, name: str) -> tuple[Axis, ...]:
+    axes = x.axes or ()
+    if x.tag or x.open or len(axes) < 3 or axes[0] != (ROWS,) or axes[1] != (LENGTH,):
+        raise Refused("row-mixing", f"{name} of {describe(x)}")
+    return axes
+
+
+def _shifted(c: Context, x: Value) -> Value:
+    return Array(_row_shape(array(x), "shifted_rows"))
+
+
+def _low_rank(c: Context, r: Value, w: Value, k: Value, v: Value, a: Value, b: Value) -> Value:
+    shapes = [_row_shape(array(x), "low_rank_scan") for x in (r, w, k, v, a, b)]
+    if any(len(axes) != 4 for axes in shapes):
+        raise Refused("row-mixing", f"low_rank_scan of {describe(array(r))}")
+    return Tuple((Array((*shapes[0][:3], shapes[3][3], ())), Opaque("state")))
+
+
+def _last_of_sequences(c: Context, x: Value) -> Value:
+    _row_shape(array(x), "last_of_sequences")
+    return Opaque("state")
+
+
+# Decorators of functions of a file, whose last argument is the state that a cache holds.
+ROW_OPS: dict[str, tuple[Layer, str]] = {
+    "shifted_rows": (_shifted, "a row gets the row before it of its own sequence"),
+    "low_rank_scan": (_low_rank, "each sequence's rows go through its own state"),
+}
+
 # Custom kernels by the hash of their text; what was read in it.
 KERNELS: dict[str, str] = {
     "b6a26040b565360e": "a product with packed weights; a thread reads the one row it writes",
@@ -271,6 +301,7 @@ SITES: dict[str, tuple[Layer, str]] = {
     "paged_mask": (_mask, "a mask as a value"),
     "chunked_mask": (_mask, "a mask as a value"),
     "sequence_mask": (_mask, "a mask as a value"),
+    "last_of_sequences": (_last_of_sequences, "keeps each sequence's last row as its state"),
     "last_rows": (_last_rows, "keeps the rows whose logits are wanted"),
     "previous_rows": (_previous_rows, "each row's predecessor in its own sequence"),
     "keep_last_rows": (_keep_last_rows, "the last row of each sequence"),
@@ -315,6 +346,7 @@ __all__ = [
     "FUNCTIONS",
     "KERNELS",
     "LAYERS",
+    "ROW_OPS",
     "SITES",
     "as_linear",
     "check_rows",

@@ -32,7 +32,17 @@ from .domain import (
     tokens,
 )
 from .indexing import store
-from .layers import FUNCTIONS, KERNELS, LAYERS, SITES, as_linear, check_rows, some_site, updated
+from .layers import (
+    FUNCTIONS,
+    KERNELS,
+    LAYERS,
+    ROW_OPS,
+    SITES,
+    as_linear,
+    check_rows,
+    some_site,
+    updated,
+)
 from .rules import RULES, Rule, array
 from .shapes import size_key
 from .terms import termed
@@ -138,6 +148,8 @@ class LibraryCalls(Builtins):
         last = name.rpartition(".")[2]
         if last in ("per_sequence", "per_sequence_model", "per_length"):
             return Library("per_sequence", Tuple((*args, Known(_ONCE[last]))))
+        if last in ROW_OPS:
+            return Library("row_op", Tuple((Known(last), *args)))
         entry = SITES.get(last)
         if entry is not None:
             function, reason = entry
@@ -153,6 +165,11 @@ class LibraryCalls(Builtins):
         if name == "per_sequence":
             assert isinstance(bound, Tuple)
             return self.call_mixer(bound.items[0], bound.items[1], args, more)
+        if name == "row_op":
+            assert isinstance(bound, Tuple)
+            if not isinstance(bound.items[-1], Routine):  # the decorator is given its function
+                return Library("row_op", Tuple((*bound.items, *args)))
+            return self.call_row_op(bound.items, args, more)
         kind, _, method = name.partition(".")
         if kind == "kernel":
             return self.call_kernel(method, args, more)
@@ -179,6 +196,23 @@ class LibraryCalls(Builtins):
             assert isinstance(bound, Table)
             return self.call_table(bound, method, args)
         raise Refused("unknown-operation", f"`.{method}` of something that is not known")
+
+    def call_row_op(
+        self, made: tuple[Value, ...], args: Sequence[Value], more: dict[str, Value]
+    ) -> Value:
+        """An op in place of a function of the file: on rows, if its state is in a cache."""
+        op, *names, routine = made
+        assert isinstance(op, Known) and isinstance(routine, Routine)
+        given = self.bind(routine, args, more)
+        roles = [given[name.value] for name in names if isinstance(name, Known)]
+        state = roles.pop()
+        if state == NONE:
+            return self.call_routine(routine, args, more)
+        if state != Opaque("cache"):
+            raise Refused("cache-use", f"`{op.value}` of a state that is not a cache's")
+        function, reason = ROW_OPS[op.value]
+        self.assume(f"`{op.value}` of the runtime: {reason}")
+        return self.apply(Rule(op.value, function, reason), roles, {})
 
     def call_mixer(
         self, routine: Value, how: Value, args: Sequence[Value], more: dict[str, Value]

@@ -227,6 +227,12 @@ class Machine(ABC):
         """The result of a call of a function that is read."""
 
     @abstractmethod
+    def bind(
+        self, routine: Routine, args: Sequence[Value], more: dict[str, Value]
+    ) -> dict[str, Value]:
+        """Arguments to parameters, as Python does it."""
+
+    @abstractmethod
     def decorated(
         self, function: Function, module: str, this: Value | None, owner: ClassValue | None
     ) -> Value:

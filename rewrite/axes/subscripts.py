@@ -114,6 +114,8 @@ class Subscripts(Attributes, Containers):
                         self.summarise(one, item)
                 case Table():
                     self.store_entry(one, key, value)
+                case Opaque(kind="cache") if value == Opaque("state"):
+                    continue  # each sequence's new state, as an op of the runtime made it
                 case Opaque():
                     raise Refused("cache-use", "an entry of a cache is set outside a mixer")
                 case Instance():

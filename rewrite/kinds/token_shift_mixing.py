@@ -3,9 +3,11 @@
 Matches     a class that joins its cached last token with all but the last of its input, with or
             without a matrix state scanned over tokens. RWKV-7, arXiv 2503.14456.
 Refuses     convolutions (short_conv) and joins along the features.
-Becomes     the original code, once for all sequences with equally many rows; a scan that is
-            h <- h diag(w) + (h a) b^T + v k^T, y = h r, and nothing else, is an op
-            (`low_rank_scan`).
+Becomes     the original code, on rows: a function that gives each token the one before it is an op
+            (`shifted_rows`), as is a scan that is h <- h diag(w) + (h a) b^T + v k^T, y = h r, and
+            nothing else (`low_rank_scan`). Where such a function has another form, or the rest of
+            the class is not proved to treat rows alone, the code runs once for all sequences with
+            equally many rows.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from ..low_rank import low_rank_scans
 from ..match import Mixer
 from ..per_length import per_length
 from ..states import Reach
+from ..token_rows import token_rows
 from . import Counter, Example
 
 NAME = "token_shift_mixing"
@@ -32,7 +35,11 @@ def match(mixer: Mixer) -> Match | Miss:
         return Miss(NAME, 2, "the last token joined with all but the last of the input")
     features = ("matrix state",) if reach.token_loops() else ()
     evidence = [mixer.evidence("state stored", effect) for effect in mixer.state_stores]
-    return per_length(mixer, NAME, evidence, features, low_rank_scans(mixer, NAME))
+    scans = low_rank_scans(mixer, NAME)
+    found = per_length(mixer, NAME, evidence, features, scans)
+    if isinstance(found, Miss):
+        return found
+    return token_rows(mixer, NAME, evidence, features, scans, found) or found
 
 
 _SHIFT = """
@@ -95,8 +102,47 @@ def fast(query, keep, key, value, read, write, held):
     return kernel(inputs=[query, keep, key, value, read, write, held])
 """
 
+_ROWS = """
+import mlx.core as mx
+import mlx.nn as nn
+
+class Before(nn.Module):
+    def __call__(self, x, last):
+        B, L, D = x.shape
+        if last is None:
+            last = mx.zeros((B, 1, D), x.dtype)
+        if L == 1:
+            return last
+        return mx.concatenate([last, x[:, :-1]], axis=1)
+
+class Mix(nn.Module):
+    def __init__(self, args):
+        super().__init__()
+        self.before = Before()
+        self.proj = nn.Linear(args.width, args.width)
+
+    def __call__(self, x, cache):
+        y = self.proj(x + self.before(x, cache[0]))
+        cache[0] = x[:, -1:]
+        cache[1] = y[:, -1:, :]
+        return y
+"""
+
 ACCEPTS = (
     Example("Mix", _SHIFT, "gathered"),
+    Example("Mix", _ROWS, "kernel"),
+    Example("Mix", _ROWS.replace("x[:, -1:]", "x[:, :1]"), "gathered"),
+    Example("Mix", _ROWS.replace("x[:, -1:]", "x[:, -1:][:, :, :9]"), "gathered"),
+    Example("Mix", _ROWS.replace("= y[:, -1:, :]", "= y[:, -2:, :]"), "gathered"),
+    Example("Mix", _ROWS.replace("mx.zeros(", "mx.ones("), "gathered"),
+    Example("Mix", _ROWS.replace("(B, 1, D)", "(B, 2, D)"), "gathered"),
+    Example("Mix", _ROWS.replace("L == 1:", "L == 2:"), "gathered"),
+    Example("Mix", _ROWS.replace("L == 1:", "D == 1:"), "gathered"),
+    Example("Mix", _ROWS.replace("return last", "return 2 * last"), "gathered"),
+    Example("Mix", _ROWS.replace("last, x[:, :-1]", "x[:, :-1], last"), "gathered"),
+    Example("Mix", _ROWS.replace("[:, :-1]], axis=1", "[:, :-1]], axis=2"), "gathered"),
+    Example("Mix", _ROWS.replace("    def __call__(self, x, la", """    @two
+    def __call__(self, x, la"""), "gathered"),
     Example("Mix", _MATRIX, "kernel"),
     Example("Mix", _MATRIX.replace("query[..., None], held", "key[..., None], held"), "gathered"),
     Example("Mix", _MATRIX.replace("y[..., None], held", "y[..., None], turned"), "gathered"),

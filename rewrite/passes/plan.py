@@ -39,6 +39,7 @@ _HOMES = {  # where the runtime's names are, if not among the sites
     "convolve": "mlxrewrite.runtime.recurrences",
     "delta_rule": "mlxrewrite.runtime.recurrences",
     "diagonal_scan": "mlxrewrite.runtime.recurrences",
+    "last_of_sequences": "mlxrewrite.runtime.row_states",
     "lightning_scan": "mlxrewrite.runtime.recurrences",
     "low_rank_scan": "mlxrewrite.runtime.recurrences",
     "keep_last_rows": "mlxrewrite.runtime.previous",
@@ -46,6 +47,7 @@ _HOMES = {  # where the runtime's names are, if not among the sites
     "paged_latent_attention": "mlxrewrite.runtime.latents",
     "paged_top_positions": "mlxrewrite.runtime.rankings",
     "selective_scan": "mlxrewrite.runtime.recurrences",
+    "shifted_rows": "mlxrewrite.runtime.row_states",
     "state_space_dual": "mlxrewrite.runtime.recurrences",
 }
 _WORST = ("kernel", "gathered", "per-sequence")
@@ -125,7 +127,7 @@ def plan(
         return Plan(name, "model", (), tuple(refusals), own.reasons, (), facts)
     if own.mode == "model":
         return _whole_model_plan(program, module, own, refusals, verdicts, targets)
-    edits = [edit for match in matches for edit in match.edits]
+    edits = _edits_of(matches)
     drivers = driver_edits(program, module, _undriven_classes(matches))
     edits += drivers.edits
     rows = last_rows_edit(program, module, own.entry) if own.entry is not None else None
@@ -146,6 +148,15 @@ def plan(
         facts,
         own.assumptions,
     )
+
+
+def _edits_of(matches: Iterable[Match]) -> list[Edit]:
+    """The edits of all classes. A function that several share is rewritten once."""
+    found: list[Edit] = []
+    for match in matches:
+        known = frozenset(found)
+        found += [edit for edit in match.edits if edit not in known]
+    return found
 
 
 def _whole_model_plan(
