@@ -157,11 +157,18 @@ class Ragged:
 
     @cached_property
     def host_positions(self) -> npt.NDArray[np.int64]:
+        if self.max_query_len == 1:
+            return np.array(self.context_lens) - 1
         ends = zip(self.query_lens, self.context_lens, strict=True)
         return np.concatenate([np.arange(end - rows, end) for rows, end in ends])
 
     @cached_property
     def host_slots(self) -> npt.NDArray[np.int64]:
+        if self.max_query_len == 1:  # each row's block is the one that its sequence writes to
+            positions, size = self.host_positions, self.block_size
+            places = (positions // size - np.array(self.dropped)).tolist()
+            blocks = [table[place] for table, place in zip(self.tables, places, strict=True)]
+            return np.array(blocks) * size + positions % size
         return np.concatenate(
             [
                 self.slots(i, end - rows, end)

@@ -98,12 +98,16 @@ def _source(part: Sequence[int] | mx.array | Sampled) -> int:
 
 def row_positions(rows: Sequence[Rows]) -> mx.array:
     """[T] int32."""
+    if rows[-1].stop == len(rows):
+        return mx.array(np.array([part.position for part in rows], np.int32))
     spans = [np.arange(r.position, r.position + r.length, dtype=np.int32) for r in rows]
     return mx.array(np.concatenate(spans))
 
 
 def row_ends(rows: Sequence[Rows]) -> mx.array:
     """[T] int32: how long each row's sequence is after the step."""
+    if rows[-1].stop == len(rows):
+        return mx.array(np.array([part.end for part in rows], np.int32))
     spans = [np.full(r.length, r.end, dtype=np.int32) for r in rows]
     return mx.array(np.concatenate(spans))
 

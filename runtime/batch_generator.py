@@ -47,6 +47,10 @@ class PagedBatchGenerator:
     Further options are those of `Engine`. With `keep_caches` (the default) ended requests come with
     mlx_lm's prompt caches, as upstream; without, equal beginnings are found in the paged caches
     alone, segments are not reported, and nothing is ever copied out.
+
+    A request whose sampler or processor raises ends, and `next` raises its error, with the
+    request's number in a note; calling it again goes on with the others. With `report_errors` it
+    ends with a response whose `finish_reason` is a `Failed`.
     """
 
     def __init__(
@@ -63,6 +67,7 @@ class PagedBatchGenerator:
         max_kv_size: int | None = None,
         stream: Any = None,
         keep_caches: bool = True,
+        report_errors: bool = False,
         **options: Any,
     ) -> None:
         if max_kv_size is not None:
@@ -80,6 +85,8 @@ class PagedBatchGenerator:
         self.completion_batch_size = running
         self.max_kv_size = None
         self._keep = keep_caches
+        self._report_errors = report_errors
+        self._errors: list[Exception] = []
         self._stream = stream or generation_stream
         self._stop = StopSequences(stop_tokens or None)
         self._entries: dict[int, _Entry] = {}
@@ -238,10 +245,12 @@ class PagedBatchGenerator:
     def next(self) -> tuple[list[Any], list[Any]]:
         """What happened to prompts, and the next tokens; both empty if there is nothing to do."""
         with mx.stream(self._stream):
-            while self.engine.busy:
+            while self.engine.busy and not self._errors:
                 prompts, tokens = self._step()
                 if prompts or tokens:
                     return prompts, tokens
+        if self._errors:
+            raise self._errors.pop(0)
         return [], []
 
     def next_generated(self) -> list[Any]:
@@ -275,7 +284,15 @@ class PagedBatchGenerator:
             else:
                 response = (event.request, (done, entry.total), event.boundary, False)
             prompts.append(PromptProcessingBatch.Response(*response))
-        return prompts, [self._response(event) for event in result.tokens]
+        tokens = [self._response(event) for event in result.tokens]
+        for request, error in result.failures:
+            del self._entries[request]
+            if self._report_errors:
+                tokens.append(_failed(request, error))
+            else:
+                error.add_note(f"request {request}")
+                self._errors.append(error)
+        return prompts, tokens
 
     def _response(self, event: Token) -> Any:
         if event.finish_reason is not None:
@@ -288,6 +305,28 @@ class PagedBatchGenerator:
             prompt_cache=event.caches if event.finish_reason is None or self._keep else [],
             all_tokens=event.tokens if event.finish_reason is None or self._keep else [],
         )
+
+
+class Failed(str):
+    """The word "error", and the error."""
+
+    error: Exception
+
+    def __new__(cls, error: Exception) -> Failed:
+        made = super().__new__(cls, "error")
+        made.error = error
+        return made
+
+
+def _failed(request: int, error: Exception) -> Any:
+    return GenerationBatch.Response(
+        uid=request,
+        token=0,  # means nothing
+        logprobs=mx.zeros((64,)),
+        finish_reason=Failed(error),
+        prompt_cache=[],
+        all_tokens=[],
+    )
 
 
 class Chosen:

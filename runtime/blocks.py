@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import heapq
 import random
+from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from .caches import Retention
 from .errors import OutOfBlocks
@@ -15,7 +18,10 @@ class BlockAllocator:
     """Hands out block numbers, lowest first, and counts references.
 
     Lowest first keeps a lone sequence contiguous, which the gathered route turns into a slice.
-    With `shuffle_seed` the order is random but repeatable: for tests.
+    With `shuffle_seed` the order is random but repeatable: for tests. With `spread`, which is for
+    back ends that read a contiguous sequence in place and gather others, blocks follow each other
+    where they can, and a new run begins in the middle of the largest gap, so that those before and
+    after it have room to grow.
 
     A block can be marked as worth keeping. When nobody holds it any more it is free like others,
     but handed out only when no other is left, the one released longest ago first; until then
@@ -27,12 +33,14 @@ class BlockAllocator:
         num_blocks: int,
         shuffle_seed: int | None = None,
         on_evict: Callable[[int], None] | None = None,
+        spread: bool = False,
     ) -> None:
         if num_blocks < 1:
             raise ValueError(f"expected at least one block, got {num_blocks}")
         self.num_blocks = num_blocks
         self.on_evict = on_evict
-        self._free = list(range(num_blocks))
+        self._free = list(range(num_blocks))  # a heap; in rising order with `spread`
+        self._spread = spread and shuffle_seed is None
         self._references = [0] * num_blocks
         self._random = None if shuffle_seed is None else random.Random(shuffle_seed)
         self._worthy: set[int] = set()
@@ -65,11 +73,19 @@ class BlockAllocator:
             del self._kept[block]
             self._give_back(block)
 
-    def allocate(self, count: int) -> list[int]:
-        """`count` blocks with one reference each. Raises OutOfBlocks and changes nothing."""
+    def allocate(self, count: int, after: int | None = None) -> list[int]:
+        """`count` blocks with one reference each. Raises OutOfBlocks and changes nothing.
+
+        `after` is the block that these follow in their sequence, if there is one.
+        """
         if count > self.num_free:
             raise OutOfBlocks(f"needs {count} blocks, {self.num_free} are free")
-        blocks = [self._take() for _ in range(count)]
+        blocks: list[int] = []
+        while len(blocks) < count:
+            if self._spread and self._free:
+                blocks += self._run(count - len(blocks), blocks[-1] if blocks else after)
+            else:
+                blocks.append(self._take())
         for block in blocks:
             self._references[block] = 1
         return blocks
@@ -87,6 +103,29 @@ class BlockAllocator:
         chosen = self._random.randrange(len(self._free))
         self._free[chosen], self._free[-1] = self._free[-1], self._free[chosen]
         return self._free.pop()
+
+    def _run(self, count: int, after: int | None) -> list[int]:
+        """Up to `count` blocks side by side, those that follow `after` if they are free."""
+        free = self._free
+        first = len(free) if after is None else bisect_left(free, after + 1)
+        if first == len(free) or free[first] != (after or 0) + 1:
+            first = self._middle(count)
+        last = first + 1
+        while last < len(free) and last - first < count and free[last] == free[last - 1] + 1:
+            last += 1
+        taken = free[first:last]
+        del free[first:last]
+        return taken
+
+    def _middle(self, count: int) -> int:
+        """Where in the free blocks a run of `count` begins: amid the largest gap between others, or
+        at the front of one that nobody stands before."""
+        free = np.array(self._free)
+        starts = np.concatenate([[0], np.flatnonzero(np.diff(free) != 1) + 1])
+        sizes = np.diff([*starts, len(free)])
+        largest = int(sizes.argmax())
+        start, size = int(starts[largest]), int(sizes[largest])
+        return start if free[start] == 0 else start + max(0, size - count) // 2
 
     def share(self, blocks: Iterable[int]) -> None:
         """One more reference to each block; one that nobody holds must be a kept one."""
@@ -113,7 +152,9 @@ class BlockAllocator:
         return freed
 
     def _give_back(self, block: int) -> None:
-        if self._random is None:
+        if self._spread:
+            insort(self._free, block)
+        elif self._random is None:
             heapq.heappush(self._free, block)
         else:
             self._free.append(block)
@@ -129,6 +170,11 @@ class BlockTable:
 
     blocks: list[int] = field(default_factory=list)
     dropped: int = 0
+
+    @property
+    def last(self) -> int | None:
+        """The block that the next one follows."""
+        return self.blocks[-1] if self.blocks else None
 
     def missing(self, length: int, block_size: int) -> int:
         """Blocks to add so that positions below `length` have a place."""

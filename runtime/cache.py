@@ -10,6 +10,7 @@ from typing import Any, Literal
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
+from mlxrewrite.kernels import policy
 from mlxrewrite.kernels.ops import Quantization, Ragged
 
 from . import batch as batches
@@ -236,12 +237,18 @@ class PagedCache:
         """Give a sequence places for up to `count` more positions; returns for how many."""
         state = self._find(sequence)
         wanted = state.length + count
+        if all(
+            group.unused or wanted <= (table.dropped + len(table.blocks)) * self.block_size
+            for group, table in zip(self._groups, state.tables, strict=True)
+        ):
+            return max(0, count)
         used = [(g, state.tables[i]) for i, g in enumerate(self._groups) if not g.unused]
         for group, table in used:
             most = table.dropped + len(table.blocks) + group.allocator.num_free
             wanted = min(wanted, most * self.block_size)
         for group, table in used:
-            table.blocks += group.allocator.allocate(table.missing(wanted, self.block_size))
+            missing = table.missing(wanted, self.block_size)
+            table.blocks += group.allocator.allocate(missing, table.last)
         return max(0, wanted - state.length)
 
     def grow(self, sequence: int, length: int) -> None:
@@ -421,7 +428,10 @@ class PagedCache:
                 if retention not in blocks:
                     raise RuntimeRefusal(f"num_blocks: expected a number for {retention}")
                 blocks = blocks[retention]
-            group = _Group(retention, BlockAllocator(blocks, self._shuffle_seed))
+            group = _Group(
+                retention,
+                BlockAllocator(blocks, self._shuffle_seed, spread=policy.layout() == "heads"),
+            )
             if self._poison:
                 group.allocator.on_evict = functools.partial(self._fill, group)
             self._groups.append(group)
@@ -500,7 +510,7 @@ class PagedCache:
         for group, needs in plan:
             for table, count in needs:
                 if count:
-                    table.blocks += group.allocator.allocate(count)
+                    table.blocks += group.allocator.allocate(count, table.last)
 
     def _batch(self, rows: tuple[Rows, ...], tokens: list[Tokens], wanted: Sequence[int]) -> Batch:
         total = rows[-1].stop

@@ -93,5 +93,9 @@ class Decoding:
 
     def __iter__(self) -> Iterator[Decoded]:
         while self._engine.busy:
-            for event in self._engine.step().tokens:
+            step = self._engine.step()
+            for event in step.tokens:
                 yield Decoded(self._places[event.request], event.token, event.finish_reason)
+            for failure in step.failures:
+                failure.error.add_note(f"prompt {self._places[failure.request]}")
+                raise failure.error

@@ -15,6 +15,7 @@ vain is thrown away with its sequence.
 from __future__ import annotations
 
 import gc
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -85,6 +86,13 @@ class Token(NamedTuple):
     tokens: list[int] | None = None  # those that the caches hold
 
 
+class Failure(NamedTuple):
+    """A request has ended since its own sampler, processor or stop rule raised this."""
+
+    request: int
+    error: Exception
+
+
 class Progress(NamedTuple):
     """A request's prompt is in the cache up to here; `boundary`: one of the request's."""
 
@@ -100,6 +108,7 @@ class Step:
 
     tokens: list[Token] = field(default_factory=list)
     progress: list[Progress] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -116,6 +125,7 @@ class Stats:
     tokens: int = 0
     finished: int = 0
     aborted: int = 0
+    failed: int = 0
     seconds: float = 0.0
     waited: float = 0.0
     scheduling: float = 0.0
@@ -172,6 +182,7 @@ class _Flight:
     logprobs: mx.array | None
     chosen: mx.array | None
     arrays: list[mx.array]
+    failed: list[tuple[Prepared, Exception]] = field(default_factory=list)
 
 
 class Engine:
@@ -385,6 +396,10 @@ class Engine:
             self._land(before, result)
             if following is not None and not self._overlap:
                 mx.async_eval(following.arrays)  # type: ignore[no-untyped-call]
+        for job, error in following.failed if following is not None else ():
+            # Unless the step before has shown that the text ends, and this row was for nothing.
+            if not job.done and job.last is None:
+                self._fail(job, error, result)
         if self._drafter is not None and following is not None:
             self._flight = None
             self._land(following, result)
@@ -397,11 +412,19 @@ class Engine:
         return result
 
     def run(self) -> dict[int, list[int]]:
-        """Run until nothing is left; all tokens of each request, the ending ones included."""
+        """Run until nothing is left; all tokens of each request, the ending ones included.
+
+        Raises what the first request that failed raised, once all others have ended.
+        """
         found: dict[int, list[int]] = {name: [] for name in self._jobs}
+        failures: list[Failure] = []
         while self.busy:
-            for event in self.step().tokens:
+            step = self.step()
+            failures += step.failures
+            for event in step.tokens:
                 found[event.request].append(event.token)
+        if failures:
+            raise failures[0].error
         return found
 
     def _launch(self, before: _Flight | None) -> _Flight | None:
@@ -453,7 +476,8 @@ class Engine:
         arrays = cache.arrays(states=read)
         if not sampling:
             return _Flight(parts, sampling, places, None, None, None, arrays)
-        sampled, logprobs = choose(logits, rows)
+        choice = choose(logits, rows)
+        sampled, logprobs = choice.tokens, choice.logprobs
         arrays.append(sampled)
         kept = chosen = None
         if any(job.request.logprobs for job, *_ in sampling):
@@ -463,7 +487,11 @@ class Engine:
             arrays += [kept, chosen]
         for job, *_ in sampling:
             job.pending += 1
-        return _Flight(parts, sampling, places, sampled, kept, chosen, arrays)
+        failed: list[tuple[Prepared, Exception]] = []
+        for job, _, first, guesses in sampling if choice.failed else ():
+            of_job = (choice.failed.get(first + row) for row in range(1 + len(guesses)))
+            failed += [(job, error) for error in of_job if error is not None][:1]
+        return _Flight(parts, sampling, places, sampled, kept, chosen, arrays, failed)
 
     def _land(self, flight: _Flight, result: Step) -> None:
         """Wait for a step and take its tokens."""
@@ -490,7 +518,11 @@ class Engine:
             for row, guess in enumerate([*guesses, None]):
                 token = values[first + row]
                 count += 1
-                event = self._event(job, token, flight, first + row, chosen)
+                try:
+                    event = self._event(job, token, flight, first + row, chosen)
+                except Exception as problem:
+                    self._fail(job, problem, result)
+                    break
                 if event.finish_reason is None:
                     result.tokens.append(event)
                 else:
@@ -499,6 +531,8 @@ class Engine:
                     break
                 if token != guess:
                     break
+            if job.done:
+                continue
             self._timed(job, now, count)
             if guesses:
                 self.stats.drafted += len(guesses)
@@ -532,9 +566,25 @@ class Engine:
             event = event._replace(caches=caches, tokens=tokens)
         result.tokens.append(event)
         self.stats.finished += 1
-        if self._observer is not None:
-            self._observer.finished(str(event.finish_reason))
+        self._tell("finished", str(event.finish_reason))
         self._end(job)
+
+    def _fail(self, job: Prepared, error: Exception, result: Step) -> None:
+        """End one request with its error; whatever of it is under way is thrown away."""
+        result.failures.append(Failure(job.name, error))
+        self.stats.failed += 1
+        self._tell("finished", "error")
+        self._end(job)
+
+    def _tell(self, what: str, *words: Any) -> None:
+        """An observer that raises is not asked again, and nobody's request fails for it."""
+        if self._observer is None:
+            return
+        try:
+            getattr(self._observer, what)(*words)
+        except Exception:
+            logging.exception("The engine's observer failed; it is told nothing more.")
+            self._observer = None
 
     def _end(self, job: Prepared) -> None:
         job.done = True
@@ -569,9 +619,9 @@ class Engine:
         if self._observer is None:
             return
         if job.generated == count:
-            self._observer.first_token(now - job.arrived)
+            self._tell("first_token", now - job.arrived)
         else:
-            self._observer.later_tokens(now - job.first, count)
+            self._tell("later_tokens", now - job.first, count)
         job.first = now
 
     # ------------------------------------------------------------------ guesses

@@ -75,9 +75,11 @@ class Chooser:
         # MLX has one random state, and no way to set it but a seed of 64 bits, which is the state.
         before = _as_seed(_random_state())
         mx.random.seed(self.seed if self._random is None else _as_seed(self._random))
-        tokens = self.sampler(logprobs)
-        self._random = _random_state()
-        mx.random.seed(before)
+        try:
+            tokens = self.sampler(logprobs)
+            self._random = _random_state()
+        finally:
+            mx.random.seed(before)
         return tokens
 
 
@@ -100,13 +102,35 @@ class Row:
     latest: mx.array | None = None
 
 
-def choose(logits: mx.array, rows: Sequence[Row]) -> tuple[mx.array, mx.array]:
-    """Tokens [S] and log-probabilities [S, V] from logits [S, V]."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Choice:
+    """Tokens [S] and log-probabilities [S, V]; `failed`: rows whose sampler or processors raised.
+
+    Those have some token, which means nothing.
+    """
+
+    tokens: mx.array
+    logprobs: mx.array
+    failed: dict[int, Exception]
+
+
+def choose(logits: mx.array, rows: Sequence[Row]) -> Choice:
+    """The next token of each row of logits [S, V]."""
+    failed: dict[int, Exception] = {}
     if any(row.chooser.processors for row in rows):
-        parts = [
-            row.chooser.process(logits[i : i + 1], row.known, row.latest)
-            for i, row in enumerate(rows)
-        ]
+        parts = []
+        for i, row in enumerate(rows):
+            part = logits[i : i + 1]
+            try:
+                changed = row.chooser.process(part, row.known, row.latest)
+                if changed.shape != part.shape:
+                    raise ValueError(
+                        f"a logits processor made {list(changed.shape)} of {list(part.shape)}"
+                    )
+                part = changed
+            except Exception as problem:
+                failed[i] = problem
+            parts.append(part)
         logits = mx.concatenate(parts)
     logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     groups: dict[object, list[int]] = {}
@@ -114,12 +138,36 @@ def choose(logits: mx.array, rows: Sequence[Row]) -> tuple[mx.array, mx.array]:
         chooser = row.chooser
         key = ("alone", i) if chooser.seed is not None else id(chooser.sampler)
         groups.setdefault(key, []).append(i)
-    if len(groups) == 1:
-        return rows[0].chooser.draw(logprobs), logprobs
+    if len(groups) == 1 and not failed:
+        return Choice(_drawn(rows, list(range(len(rows))), logprobs, failed), logprobs, failed)
     tokens, order = [], []
     for places in groups.values():
         part = logprobs[mx.array(places)] if len(places) > 1 else logprobs[places[0]][None]
-        tokens.append(rows[places[0]].chooser.draw(part))
+        tokens.append(_drawn(rows, places, part, failed))
         order += places
     inverse = sorted(range(len(order)), key=order.__getitem__)
-    return mx.concatenate(tokens)[mx.array(inverse)], logprobs
+    return Choice(mx.concatenate(tokens)[mx.array(inverse)], logprobs, failed)
+
+
+def _drawn(
+    rows: Sequence[Row], places: list[int], logprobs: mx.array, failed: dict[int, Exception]
+) -> mx.array:
+    """Tokens [n] of rows with one sampler. If it raises, it is asked for each row alone."""
+    try:
+        return _tokens(rows[places[0]].chooser, logprobs)
+    except Exception as problem:
+        if len(places) == 1:
+            failed[places[0]] = problem
+            return mx.zeros((1,), mx.int32)
+    parts = [logprobs[i : i + 1] for i in range(len(places))]
+    return mx.concatenate(
+        [_drawn(rows, [place], part, failed) for place, part in zip(places, parts, strict=True)]
+    )
+
+
+def _tokens(chooser: Chooser, logprobs: mx.array) -> mx.array:
+    tokens = chooser.draw(logprobs)
+    if not isinstance(tokens, mx.array) or tokens.shape != logprobs.shape[:1]:
+        got = list(tokens.shape) if isinstance(tokens, mx.array) else type(tokens).__name__
+        raise TypeError(f"a sampler gave {got} for log-probabilities {list(logprobs.shape)}")
+    return tokens

@@ -68,9 +68,10 @@ class Job:
     @property
     def todo(self) -> int:
         """Rows that must be computed before the next token can be sampled; 0: nothing to do."""
-        if self.length >= self.limit:
+        length = len(self.tokens) + self.pending
+        if length >= self.limit:
             return 0
-        goal = min(self.length, self.stops[0]) if self.stops else self.length
+        goal = min(length, self.stops[0]) if self.stops else length
         return max(0, goal - self.computed)
 
 
@@ -124,8 +125,12 @@ class Scheduler:
         """The parts of the next step, those that continue first; counts them as computed."""
         before = self.preemptions
         step = _Step(self._max_rows)
-        continuing = [job for job in self.running if job.todo == 1]
-        reading = [job for job in self.running if job.todo > 1]
+        continuing: list[Job] = []
+        reading: list[Job] = []
+        for job in self.running:
+            todo = job.todo
+            if todo:
+                (continuing if todo == 1 else reading).append(job)
         # Guesses take what nobody else needs: each job's own row comes first, and prompts that are
         # being read get half of the rest at least.
         guesses = self._max_rows - len(continuing)

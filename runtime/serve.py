@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
+import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ import mlx.core as mx
 from mlx_lm import server as upstream
 from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START
 
-from .batch_generator import PagedBatchGenerator
+from .batch_generator import Failed, PagedBatchGenerator
 from .engine import Drafter, Engine
 from .errors import RuntimeRefusal
 from .load import load, load_model, model_folder, read_config
@@ -182,6 +183,7 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
         self._batch = PagedBatchGenerator(
             model,
             keep_caches=False,
+            report_errors=True,
             # A server has a fixed pool: what fits in it is known before a request is taken.
             kv_memory=given.kv_memory or _default_memory(),
             block_size=given.block_size,
@@ -230,7 +232,16 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
                 _require_caches(wanted.model, given)
         elif given.model is None:
             raise ValueError("the server was started without a model: name one")
-        return super().generate(request, generation_args, progress_callback)
+        context, responses = super().generate(request, generation_args, progress_callback)
+        return context, self._told(responses)
+
+    @staticmethod
+    def _told(responses: Any) -> Any:
+        """The responses of a request, and its own error where it has one."""
+        for response in responses:
+            if isinstance(response.finish_reason, Failed):
+                raise response.finish_reason.error
+            yield response
 
 
 class KnownPrefixes:
@@ -283,6 +294,18 @@ class Handler(upstream.APIHandler):  # type: ignore[misc]
             super().handle_completion(request, stop_words)
         except (BrokenPipeError, ConnectionResetError):
             logging.info("The client went away.")
+            self.close_connection = True
+        except Exception as problem:
+            # This request's own: others go on, and its client is told.
+            logging.exception("A request failed.")
+            told = json.dumps({"error": {"message": str(problem), "type": type(problem).__name__}})
+            if self.stream:  # its headers are sent
+                self.wfile.write(f"data: {told}\n\n".encode())
+            else:
+                self._headers_buffer: list[bytes] = []  # those of an answer, not sent yet
+                self._set_completion_headers(500)
+                self.end_headers()
+                self.wfile.write(told.encode())
             self.close_connection = True
 
 

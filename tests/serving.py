@@ -70,13 +70,16 @@ def free_port() -> int:
 
 
 class Server:
-    """`mlxrewrite serve` on loopback; ends with the `with` block."""
+    """`mlxrewrite serve` on loopback; ends with the `with` block. `before`: runs before it."""
 
-    def __init__(self, folder: Path, log: Path, *options: str, port: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, log: Path, *options: str, port: int | None = None, before: str = ""
+    ) -> None:
         self.port = port or free_port()
         self.log = log
         words = ["--model", str(folder), "--port", str(self.port), "--log-level", "WARNING"]
-        code = "import sys; from mlxrewrite.cli import entry; sys.argv[0] = 'mlxrewrite'; entry()"
+        code = "import sys; from mlxrewrite.cli import entry; sys.argv[0] = 'mlxrewrite'\n"
+        code += before + "\nentry()"
         with log.open("ab") as out:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", code, "serve", *words, *options],

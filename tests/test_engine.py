@@ -327,3 +327,29 @@ def test_waiting_for_the_device_is_not_overhead() -> None:
     began = time.perf_counter()
     engine.run()
     assert 0 < engine.stats.waited < engine.stats.seconds < time.perf_counter() - began
+
+
+def test_blocks_of_a_sequence_follow_each_other_where_sequences_are_read_in_place() -> None:
+    """MLX's CPU back end reads such a sequence as it lies, and copies others at every step."""
+    allocator = BlockAllocator(64, spread=True)
+    tables: list[list[int]] = [[] for _ in range(6)]
+    for table in tables:
+        table.extend(allocator.allocate(3))
+    for _ in range(3):
+        for table in tables:
+            table.extend(allocator.allocate(1, table[-1]))
+    for table in tables:
+        assert table == list(range(table[0], table[0] + 6))
+    allocator.release(tables[2])
+    rest = allocator.allocate(allocator.num_free)
+    assert sorted(rest + [b for i, t in enumerate(tables) if i != 2 for b in t]) == list(range(64))
+    assert allocator.num_free == 0
+    _, rewritten = make_pair("plain", 3)
+    engine = Engine(rewritten, block_size=4)
+    names = [engine.add(Request(prompt, max_tokens=20)) for prompt in PROMPTS]
+    for _ in range(12):
+        engine.step()
+    assert engine.store is not None
+    for name in names:
+        blocks = engine.store.cache.tables(engine._jobs[name].sequence)[0].blocks
+        assert blocks == list(range(blocks[0], blocks[0] + len(blocks)))
