@@ -89,16 +89,18 @@ class Packing:
         return codes, pairs[..., 0::2], pairs[..., 1::2]
 
     def unpack(self, words: mx.array) -> mx.array:
-        """uint32 [..., row_words] -> [..., dim] of `dtype`, worked out in float32."""
+        """uint32 [..., row_words] -> [..., dim] of `dtype`, worked out in float32.
+
+        Byte by byte: `mx.dequantize` takes two to three times as long on the CPU.
+        """
         how, (codes, scales, biases) = self.quantization, self.parts(words)
-        values: mx.array = mx.dequantize(
-            codes,
-            scales.astype(mx.float32),
-            biases.astype(mx.float32),
-            group_size=how.group_size,
-            bits=how.bits,
-        )
-        return values.astype(self.dtype)
+        entries = codes.view(mx.uint8)
+        if how.bits == 4:
+            entries = mx.stack([entries & 15, entries >> 4], axis=-1).flatten(-2)
+        groups = entries.astype(mx.float32).reshape(*scales.shape, how.group_size)
+        values = groups * scales[..., None].astype(mx.float32)
+        values = values + biases[..., None].astype(mx.float32)
+        return values.flatten(-2).astype(self.dtype)
 
     @cached_property
     def _indices(self) -> dict[int, npt.NDArray[np.int32]]:

@@ -22,6 +22,9 @@ import pytest
 from kernel_cases import TOLERANCE, Case
 from mlxrewrite.kernels import calls, launch, low_rank, ops, policy, selective, shift
 from mlxrewrite.kernels.ops import Ragged
+from mlxrewrite.runtime.cache import PagedCache
+from mlxrewrite.runtime.engine import Engine, Request
+from runtime_models.pairs import make_pair
 
 WANTED = os.environ.get("MLXREWRITE_BACKEND")
 HERE = launch.active() if WANTED in (None, "metal", "cuda") else None
@@ -177,6 +180,24 @@ def test_copies_of_blocks_of_codes(bits):
     ragged = Ragged.build(made.case.query_lens, made.case.context_lens, tables, 16)
     out, _ = ops.attention(made.queries, pool, ragged, scale=64**-0.5)
     assert cases.error(out, cases.exact(made)) < TOLERANCE["bfloat16"]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_an_engine_over_codes(bits):
+    """Tokens of many requests, most in steps that are recorded, against one by one on the CPU."""
+    _, model = make_pair("plain", 3, width=128)
+    prompts = [[5, 9, 2, 7, 7, 1], [3], list(range(40, 75)), [5, 9, 2, 7, 7, 1, 4, 4]]
+    engine = Engine(model, num_blocks=40, kv_bits=bits, kv_group_size=32)
+    names = [engine.add(Request(prompt, 20)) for prompt in prompts]
+    found = engine.run()
+    assert engine.store is not None and engine.store.cache.recorder.replayed > 5
+    with mx.stream(mx.cpu):
+        for name, prompt in zip(names, prompts, strict=True):
+            cache = PagedCache(model, num_blocks=8, quantization=ops.Quantization(bits, 32))
+            text = [*prompt, *found[name]]
+            logits = cache.step({cache.add_sequence(): text[:-1]}, "all")[len(prompt) - 1 :]
+            for row, token in zip(logits, found[name], strict=True):
+                assert row[token] >= row.max() - 1e-3
 
 
 def test_copies_of_blocks():

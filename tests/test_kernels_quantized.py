@@ -206,6 +206,15 @@ def test_wrong_quantisations_are_refused():
         ops.write_blocks(pool, [0, 1], keys, values)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rows_are_read_as_mx_dequantize_reads_them(bits: int):
+    rows = rows_to_quantise("float32", 128)
+    packing = Packing(Quantization(bits, 64), 3, 128, rows.dtype)
+    words = packing.pack(rows)
+    want = mx.dequantize(*packing.parts(words), group_size=64, bits=bits)
+    assert mx.array_equal(packing.unpack(words), want)
+
+
 def test_poison_is_nan_in_every_type():
     for dtype in cases.DTYPES.values():
         packing = Packing(Quantization(4, 32), 1, 32, dtype)
