@@ -21,12 +21,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import mlx.core as mx
-import numpy as np
 
 from . import calls, launch, policy, reference
 from .policy import Route
 from .pools import Layout, Pool, new_pool
-from .quantization import Packing, Packings, Quantization
+from .quantization import Packings, Quantization
 from .ragged import MIN_METADATA, Ragged
 from .specs import AttentionSpec, supports
 
@@ -187,8 +186,8 @@ def read_blocks(pool: Pool, blocks: Sequence[int]) -> tuple[mx.array, mx.array, 
         keys, values = reference.read_blocks(pool, blocks)
     if pool.layout == "pages":
         keys, values = (
-            _unfolded(packings.keys, pool, keys),
-            _unfolded(packings.values, pool, values),
+            packings.keys.unfold(keys, pool.block_size),
+            packings.values.unfold(values, pool.block_size),
         )
     return keys, values, pool
 
@@ -204,7 +203,10 @@ def write_blocks(pool: Pool, blocks: Sequence[int], keys: mx.array, values: mx.a
                 f"{list(words.shape)}"
             )
     if pool.layout == "pages":
-        keys, values = _folded(packings.keys, pool, keys), _folded(packings.values, pool, values)
+        keys, values = (
+            packings.keys.fold(keys, pool.block_size),
+            packings.values.fold(values, pool.block_size),
+        )
     if _on_kernels(pool) and policy.writes_in_place():
         return calls.write_blocks(pool, blocks, keys, values)
     return reference.write_blocks(pool, blocks, keys, values)
@@ -214,17 +216,6 @@ def _packed(pool: Pool) -> Packings:
     if pool.packings is None:
         raise ValueError("blocks are read and written as words in pools of codes only")
     return pool.packings
-
-
-def _unfolded(packing: Packing, pool: Pool, blocks: mx.array) -> mx.array:
-    """[n, words of a block of pages] -> [n, block_size, Hkv, words of a row]."""
-    return blocks[:, mx.array(packing.index(pool.block_size))]
-
-
-def _folded(packing: Packing, pool: Pool, rows: mx.array) -> mx.array:
-    """The way back."""
-    back = np.argsort(packing.index(pool.block_size).ravel()).astype(np.int32)
-    return rows.flatten(1)[:, mx.array(back)]
 
 
 def attention_spec(

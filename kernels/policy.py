@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import wraps
 from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar
 
@@ -376,17 +376,8 @@ def quantize_spec(
     bits: int,
     code_group: int,
 ) -> QuantizeSpec:
-    return QuantizeSpec(
-        rows_dtype=rows_dtype,
-        pool_dtype=pool_dtype,
-        kv_heads=kv_heads,
-        key_dim=key_dim,
-        value_dim=value_dim,
-        block_size=block_size,
-        bits=bits,
-        code_group=code_group,
-        threads=128,
-    )
+    sizes = pool_dtype, kv_heads, key_dim, value_dim, block_size, bits, code_group
+    return QuantizeSpec(**asdict(dequantize_spec(*sizes)), rows_dtype=rows_dtype)
 
 
 @_remembered

@@ -121,6 +121,15 @@ class Packing:
             self._indices[block_size] = np.concatenate([codes, pairs], -1).astype(np.int32)
         return self._indices[block_size]
 
+    def unfold(self, blocks: mx.array, block_size: int) -> mx.array:
+        """Blocks of pages [n, words] as rows, [n, block_size, heads, row_words]."""
+        return blocks[:, mx.array(self.index(block_size))]
+
+    def fold(self, rows: mx.array, block_size: int) -> mx.array:
+        """The way back."""
+        back = np.argsort(self.index(block_size).ravel()).astype(np.int32)
+        return rows.flatten(1)[:, mx.array(back)]
+
 
 @dataclass(frozen=True)
 class Packings:

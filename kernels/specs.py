@@ -383,16 +383,14 @@ class CopySpec(KernelSpec):
 
 
 @dataclass(frozen=True, slots=True)
-class QuantizeSpec(KernelSpec):
-    """The rows of a step into their slots of a pool of codes, in place; see `quantization.Packing`.
+class CodesSpec(KernelSpec):
+    """What moves rows into and out of pools of codes; see `quantization.Packing`.
 
     pool_dtype: of the scales.
     """
 
-    template: ClassVar[str] = "quantize"
     headers: ClassVar[tuple[str, ...]] = ("common.metal", "codes.metal")
 
-    rows_dtype: str
     pool_dtype: str
     kv_heads: int
     key_dim: int
@@ -401,6 +399,15 @@ class QuantizeSpec(KernelSpec):
     bits: int
     code_group: int
     threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeSpec(CodesSpec):
+    """The rows of a step into their slots, in place."""
+
+    template: ClassVar[str] = "quantize"
+
+    rows_dtype: str
 
     @property
     def mutable(self) -> tuple[str, ...]:
@@ -416,23 +423,10 @@ class QuantizeSpec(KernelSpec):
 
 
 @dataclass(frozen=True, slots=True)
-class DequantizeSpec(KernelSpec):
-    """Positions of one sequence out of a pool of codes, as arrays for MLX's own attention.
-
-    pool_dtype: of the scales and of what is made.
-    """
+class DequantizeSpec(CodesSpec):
+    """Positions of one sequence, as arrays of the scales' type for MLX's own attention."""
 
     template: ClassVar[str] = "dequantize"
-    headers: ClassVar[tuple[str, ...]] = ("common.metal", "codes.metal")
-
-    pool_dtype: str
-    kv_heads: int
-    key_dim: int
-    value_dim: int
-    block_size: int
-    bits: int
-    code_group: int
-    threads: int
 
     @property
     def inputs(self) -> tuple[str, ...]:
