@@ -58,7 +58,8 @@ class Request:
     `boundaries` are lengths of the prompt at which the engine pauses the request for one step and
     reports it. `caches` are mlx_lm's prompt caches: they hold the first of the tokens, or what came
     before them if `before` (the tokens that they hold) is shorter. `keep`: the last token is
-    computed too, and comes with prompt caches of all tokens.
+    computed too, and comes with prompt caches of all tokens. `prepared` is a prompt of a model of
+    mlx_vlm (`vision_engine.request`): its tokens here only name its rows.
     """
 
     prompt: Sequence[int]
@@ -72,6 +73,7 @@ class Request:
     caches: Sequence[Any] | None = None
     before: Sequence[int] = ()
     keep: bool = False
+    prepared: Any = None
 
 
 class Token(NamedTuple):
@@ -458,7 +460,7 @@ class Engine:
                 if job.chooser.processors:
                     latest = before.tokens[place : place + 1]
             else:
-                tokens[job.sequence] = job.tokens[part.start : stop] + guesses
+                tokens[job.sequence] = _ids(job, part.start, stop) + guesses
             read = read or part.count > 1
             if part.start < job.prompt:
                 self.stats.prompt_rows += part.count
@@ -467,7 +469,11 @@ class Engine:
                 sampling.append((job, part, len(rows), guesses))
                 first = part.count - part.drafted - 1
                 wanted[job.sequence] = list(range(first, part.count))
-                rows += [Row(job.chooser, job.tokens, latest)] * (1 + part.drafted)
+                text = _ids(job, 0, len(job.tokens)) if job.chooser.processors else job.tokens
+                rows += [Row(job.chooser, text, latest)] * (1 + part.drafted)
+        if hasattr(self.model, "attach_all"):
+            jobs = (job for job, _ in parts if job.request.prepared is not None)
+            self.model.attach_all({job.sequence: job.request.prepared for job in jobs})
         logits = cache.step(tokens, logit_rows=wanted)
         for job, part in parts:
             known = min(part.start + part.count, len(job.tokens))
@@ -637,6 +643,7 @@ class Engine:
             if isinstance(job, Prepared)
             and not job.chooser.alone
             and not job.nameless
+            and job.request.prepared is None
             and job.last is None
             and job.todo == 1
             and not job.stops
@@ -686,7 +693,8 @@ class Engine:
             limit=len(tokens) + request.max_tokens + request.keep,
             stops=[unknown + len(request.before) + at for at in request.boundaries],
             brought=Brought(list(request.caches or ()), held) if held else None,
-            nameless=unknown > 0,
+            # Names of rows that are no text are good for this process only.
+            nameless=unknown > 0 or (self._disk is not None and min(tokens) < 0),
             request=request,
             chooser=Chooser(
                 request.sampler,
@@ -795,6 +803,13 @@ class Engine:
         assert self._store is not None
         length = self._store.cache.length(job.sequence)
         return extract(self._store.cache, job.sequence), job.tokens[:length]
+
+
+def _ids(job: Prepared, start: int, stop: int) -> list[int]:
+    """A request's tokens as the model gets them."""
+    prepared = job.request.prepared
+    known = [] if prepared is None else prepared.ids[start:stop]
+    return [*known, *job.tokens[start + len(known) : stop]]
 
 
 def _require(length: int, capacity: int) -> None:

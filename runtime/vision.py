@@ -270,6 +270,22 @@ class VisionModel:
         """The sequence of a `PagedCache` that reads this prompt."""
         self._prompts[sequence] = prepared
 
+    def attach_all(self, prompts: Mapping[int, Prepared]) -> None:
+        """The prompts of all sequences that have any, in place of those before."""
+        self._prompts = dict(prompts)
+
+    def embed(self, ids: Sequence[int]) -> mx.array:
+        """Embeddings [L, D] of tokens as text."""
+        with self.original():
+            found = self.model.get_input_embeddings(mx.array([list(ids)], mx.int32), None)
+        self._write_state(self._fresh)
+        embeds: mx.array = found.inputs_embeds[0]
+        return embeds
+
+    def parameters(self) -> Any:
+        """The weights, as those of a module."""
+        return self.model.parameters()
+
     def detach(self, sequence: int) -> None:
         self._prompts.pop(sequence, None)
 
@@ -342,6 +358,7 @@ class VisionModel:
         if plain:
             with self.original():
                 text = self.model.get_input_embeddings(mx.concatenate(plain)[None], None)
+            self._write_state(self._fresh)
             found, start = text.inputs_embeds[0], 0
             for index, part in enumerate(rows):
                 if parts[index] is None:
@@ -407,10 +424,7 @@ class VisionModel:
                 "a prompt with images that this model cannot read row by row: its caches have "
                 "another form in pages; use VisionModel(model, whole=True)"
             )
-        originals = self.original_caches()
-        logits = self.run_one(prompt, mx.array([prompt.ids], mx.int32), originals, 0)[:, -1]
-        mx.eval(logits, [entry.state for entry in originals])
-        self._after_original(prompt)
+        logits, originals = self.read_original(prompt)
         sequence = cache.begin(len(prompt))
         cache.open_step()
         for path, held in cache.states.items():
@@ -428,6 +442,14 @@ class VisionModel:
         self.attach(sequence, prompt)
         return sequence, logits
 
+    def read_original(self, prompt: Prepared) -> tuple[mx.array, list[Any]]:
+        """Logits [1, V] behind a prompt by the original model, and its caches."""
+        originals = self.original_caches()
+        logits = self.run_one(prompt, mx.array([prompt.ids], mx.int32), originals, 0)[:, -1]
+        mx.eval(logits, [entry.state for entry in originals])
+        self._after_original(prompt)
+        return logits, originals
+
     def _after_original(self, prompt: Prepared) -> None:
         """Position ids that the model only made while it ran. Raises RuntimeRefusal if it does not
         tell how they go on."""
@@ -436,8 +458,9 @@ class VisionModel:
         for (_, name), value in prompt.state.items():
             if name == "_rope_deltas" and value is not None:
                 prompt.delta = int(np.array(value).ravel()[0])
-                # Only positions behind the prompt are asked for from now on.
-                prompt.positions = np.zeros((3, len(prompt)), np.int64)
+                # Only its last one and those behind it are asked for from now on.
+                places = np.arange(len(prompt)) + prompt.delta
+                prompt.positions = np.broadcast_to(places, (3, len(prompt)))
                 return
         raise RuntimeRefusal("the model does not tell the positions behind a prompt with images")
 
