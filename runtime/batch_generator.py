@@ -46,7 +46,8 @@ class PagedBatchGenerator:
     `prefill_step_size` bounds the rows of a step and `completion_batch_size` the requests in it.
     Further options are those of `Engine`. With `keep_caches` (the default) ended requests come with
     mlx_lm's prompt caches, as upstream; without, equal beginnings are found in the paged caches
-    alone, segments are not reported, and nothing is ever copied out.
+    alone, segments are not reported, and nothing is ever copied out. `complete` may add to a
+    request what only its owner knows.
 
     A request whose sampler or processor raises ends, and `next` raises its error, with the
     request's number in a note; calling it again goes on with the others. With `report_errors` it
@@ -68,6 +69,7 @@ class PagedBatchGenerator:
         stream: Any = None,
         keep_caches: bool = True,
         report_errors: bool = False,
+        complete: Callable[[Request], Request] = lambda request: request,
         **options: Any,
     ) -> None:
         if max_kv_size is not None:
@@ -87,6 +89,7 @@ class PagedBatchGenerator:
         self._keep = keep_caches
         self._report_errors = report_errors
         self._errors: list[Exception] = []
+        self._complete = complete
         self._stream = stream or generation_stream
         self._stop = StopSequences(stop_tokens or None)
         self._entries: dict[int, _Entry] = {}
@@ -202,6 +205,7 @@ class PagedBatchGenerator:
                 keep=self._keep,
             )
             with mx.stream(self._stream):
+                request = self._complete(request)
                 made.append((self.engine.prepare(request), held, before, len(prompt)))
         names = []
         for job, held, before, total in made:

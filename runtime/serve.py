@@ -14,6 +14,7 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,7 @@ class _Options:
         add("--disk-cache", type=Path, metavar="DIR", help="where blocks that leave memory go")
         add("--disk-limit", type=upstream._parse_size, default=8 << 30, metavar="SIZE")
         add("--ngram", type=int, default=0, metavar="N", help="guess N tokens from the text so far")
+        add("--vlm", action="store_true", help="load models with mlx_vlm; requests with images")
         add("--generated", type=Path, help="folder of the rewritten files")
         parser.set_defaults(decode_concurrency=CONCURRENCY)
         start = DEFAULT_QUANTIZED_KV_START
@@ -82,6 +84,8 @@ class _Options:
             got = parse()
             if got.pipeline:
                 parser.error("--pipeline is not supported on rewritten models")
+            if got.vlm and (got.disk_cache or got.draft_model or got.kv_bits):
+                parser.error("--vlm: not with --disk-cache, --draft-model or --kv-bits")
             if got.kv_bits is not None and got.quantized_kv_start not in (0, start):
                 parser.error("--quantized-kv-start: pages are quantised from their first position")
             quantization(got.kv_bits, got.kv_group_size)  # raises RuntimeRefusal
@@ -93,6 +97,8 @@ class _Options:
 
 class Provider(upstream.ModelProvider):  # type: ignore[misc]
     """Loads rewritten models; all of them can be batched."""
+
+    _prompts: Any = None
 
     def __init__(self, cli_args: Any) -> None:
         if cli_args.model is not None:
@@ -110,14 +116,30 @@ class Provider(upstream.ModelProvider):  # type: ignore[misc]
             load=self._rewritten,
             sharded_load=self._sharded,
             make_prompt_cache=lambda model: [],
+            load_processor=self._processor,
         )(self, model_path, adapter_path, draft)
         self.is_batchable = True
+
+    @property
+    def prompts(self) -> Any:
+        """Reads prompts with images, for a model of mlx_vlm; else None."""
+        return self._prompts if self.cli_args.vlm else None
 
     def _rewritten(
         self, path: str, *, return_config: bool = False, **options: Any
     ) -> tuple[Any, ...]:
-        found = load(path, generated=self.cli_args.generated, **options)
-        return (*found, read_config(model_folder(path))) if return_config else found
+        if self.cli_args.vlm:
+            from .vision_serve import load_served
+
+            adapter = options.get("adapter_path")
+            *found, self._prompts = load_served(path, self.cli_args, adapter)
+        else:
+            found = [*load(path, generated=self.cli_args.generated, **options)]
+        return (*found, read_config(model_folder(path))) if return_config else tuple(found)
+
+    def _processor(self, model: Any, config: Any) -> Any:
+        """mlx_lm's own reader of images; requests with images are read here, or refused."""
+        return None if self.cli_args.vlm else upstream.load_processor(model, config)
 
     def _sharded(
         self,
@@ -180,6 +202,7 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
             drafter = ModelDrafter(self.model_provider.draft_model, given.num_draft_tokens)
         elif given.ngram:
             drafter = NgramDrafter(given.ngram)
+        prompts = self.model_provider.prompts
         self._batch = PagedBatchGenerator(
             model,
             keep_caches=False,
@@ -192,6 +215,7 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
             drafter=drafter,
             kv_bits=given.kv_bits,
             kv_group_size=given.kv_group_size,
+            complete=prompts.complete if prompts is not None else lambda request: request,
             disk=None if given.disk_cache is None else (given.disk_cache, given.disk_limit),
             **options,
         )
@@ -201,7 +225,19 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
         return bool(self.model_provider.is_batchable)
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
-        found = super()._tokenize(tokenizer, request, args)
+        prompts = self.model_provider.prompts
+        if prompts is not None and request.request_type == "chat":
+            from .vision_serve import image_parts, without_images
+
+            if any(image_parts(request.messages)):
+                texts = replace(request, messages=without_images(request.messages))
+                state = super()._tokenize(tokenizer, texts, args)[3]
+                keys = prompts.read(request.messages)
+                found: Any = (keys, [list(keys)], ["assistant"], state, None)
+            else:
+                found = super()._tokenize(tokenizer, request, args)
+        else:
+            found = super()._tokenize(tokenizer, request, args)
         model = self.model_provider.model
         size = getattr(getattr(model, "args", None), "vocab_size", None) or 1 << 31
         for token in args.logits.logit_bias or ():

@@ -67,11 +67,11 @@ def request(model: VisionModel, prepared: Prepared, keys: PromptKeys, **options:
     tokens = keys.of(model, prepared)
     if model.by_rows(prepared) or len(prepared) < 2:
         return Request(tokens, prepared=prepared, **options)
-    caches = _read(model, prepared)
+    caches = brought(model, prepared)
     return Request(tokens[-1:], before=tokens[:-1], caches=caches, prepared=prepared, **options)
 
 
-def _read(model: VisionModel, prepared: Prepared) -> list[Any]:
+def brought(model: VisionModel, prepared: Prepared) -> list[Any]:
     """mlx_lm's caches of all tokens but the last."""
     specs = cache_specs(model)
     if any(spec is None or isinstance(spec, ArraysCache | CacheList) for spec in specs):

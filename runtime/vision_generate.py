@@ -84,20 +84,26 @@ def wrapped(model: Any, generated: str | Path | None = None) -> VisionModel:
 
 def prepare(model: VisionModel, processor: Any, asked: Asked, *, chat: bool = True) -> Prepared:
     """A prompt through mlx_vlm's chat template and processor, then the model's own embeddings."""
-    config = model.model.config
     text = asked.text
     if chat:
+        config = model.model.config
         text = apply_chat_template(processor, config, text, num_images=len(asked.images))
+    return processed(model, processor, text, asked.images)
+
+
+def processed(model: VisionModel, processor: Any, text: str, images: Sequence[Any]) -> Prepared:
+    """A text with marks for its images: paths, addresses or pictures. Raises RuntimeRefusal."""
+    config = model.model.config
     try:
         inputs = upstream.prepare_inputs(
             processor,
-            images=list(asked.images) or None,
+            images=list(images) or None,
             prompts=text,
             image_token_index=getattr(config, "image_token_index", None),
             add_special_tokens=upstream.should_add_special_tokens(config.model_type, processor),
         )
     except (OSError, *BROKEN) as problem:
-        raise RuntimeRefusal(f"the prompt {asked.text[:40]!r}: {said(problem)}") from problem
+        raise RuntimeRefusal(f"the prompt {text[:40]!r}: {said(problem)}") from problem
     given = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
     mask = inputs.get("attention_mask")
     ids = [int(token) for token in inputs["input_ids"].reshape(-1).tolist()]

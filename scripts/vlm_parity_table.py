@@ -2,9 +2,9 @@
 
     python scripts/vlm_parity_table.py [--seed 0] [--json FILE] [FOLDER...]
 
-Runs `vision_verify.verify` over one tiny config for each folder, in a process of its own: a crash of
-a folder's original is a row of the table, not its end. Results are kept in the JSON file, so FOLDER
-measures some folders again, and `--page` only writes the page.
+Runs `vision_verify.verify` over one tiny config for each folder, in a process of its own: a crash
+of a folder's original is a row of the table, not its end. Results are kept in the JSON file, so
+FOLDER measures some folders again, and `--page` only writes the page.
 """
 
 from __future__ import annotations
@@ -140,8 +140,8 @@ def page(found: dict[str, Any], seed: int) -> str:
         "without images (random pixels), joining while others decode, over blocks in random order",
         "with NaN in free ones, against mlx_vlm's own generation of one sequence at a time. `text`",
         "and `images` are the largest difference of two logits over the spread of the logits",
-        "(allowed: 1e-4), `tokens` the rows whose greedy token is the same. Folders that use another",
-        "folder's language model have no row.",
+        "(allowed: 1e-4), `tokens` the rows whose greedy token is the same. Folders that use",
+        "another folder's language model have no row.",
         "",
         f"{len(manifests)} folders: {counted}. {agree} agree, {images} of them with images too.",
         "",

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("mlx_vlm")
-import mlx.core as mx
-import numpy as np
 from mlx.utils import tree_flatten
 from mlxrewrite.runtime.cache import PagedCache
 from mlxrewrite.runtime.errors import RuntimeRefusal
 from mlxrewrite.runtime.vision import VisionModel
 from mlxrewrite.runtime.vision_generate import decode, wrapped
 from mlxrewrite.runtime.vision_verify import build, verify
+from vlm_checkpoint import make_checkpoint
 from vlm_prompts import FOLDER, read
 
 CONFIGS = sorted(FOLDER.glob("*.json"))
@@ -184,63 +182,10 @@ def test_what_does_not_append_tokens_is_refused(qwen, monkeypatch, kind):
 
 # --------------------------------------------------------------------------- command line
 
-IMAGE, VIDEO, START, END = "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"
-TEMPLATE = (
-    "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}"
-    "{% for c in m.content %}{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% elif c.type == 'text' %}{{ c.text }}{% endif %}{% endfor %}{% endif %}{% endfor %}"
-)
-
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A qwen2_vl of random weights with a tokenizer of 100 words and a picture."""
-    from PIL import Image
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("checkpoint")
-    config, _ = read(FOLDER / "qwen2_vl.json")
-    names = {
-        config["image_token_id"]: IMAGE,
-        config["video_token_id"]: VIDEO,
-        config["vision_start_token_id"]: START,
-    }
-    words = {names.get(i, f"w{i}"): i for i in range(config["vocab_size"])}
-    words[END] = words.pop("w159")
-    words["<unk>"] = words.pop("w0")
-    words["</s>"] = words.pop("w1")
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="<unk>",
-        eos_token="</s>",
-        additional_special_tokens=[IMAGE, VIDEO, START, END],
-        chat_template=TEMPLATE,
-    )
-    fast.save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "preprocessor_config.json").write_text(
-        json.dumps(
-            {
-                "patch_size": 4,
-                "merge_size": 2,
-                "temporal_patch_size": 2,
-                "min_pixels": 64,
-                "max_pixels": 1024,
-                "size": {"shortest_edge": 64, "longest_edge": 1024},
-                "image_processor_type": "Qwen2VLImageProcessor",
-                "processor_class": "Qwen2VLProcessor",
-            }
-        )
-    )
-    weights = dict(tree_flatten(build(config, 0).parameters()))
-    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
-    for name, size in (("a.png", (16, 16)), ("b.png", (24, 16))):
-        pixels = np.random.default_rng(len(name)).integers(0, 255, (*size, 3), np.uint8)
-        Image.fromarray(pixels).save(folder / name)
-    return folder
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 def test_generate_takes_prompts_with_and_without_images_in_one_batch(checkpoint, capsys):

@@ -1,4 +1,4 @@
-"""Prompts with and without images in the engine: the tokens of one at a time, equal parts shared."""
+"""Prompts with and without images in the engine: what each gives alone, equal parts shared."""
 
 from __future__ import annotations
 
