@@ -4,6 +4,7 @@
     python benchmarks/mla.py [--layers 4] [--heads 128] [--rank 512] [--rope 64] [--rounds 7]
                              [--decode 1x8192,16x4096,64x2048] [--prefill 2048+0,512+8192]
                              [--dtype bfloat16] [--json FILE]
+                             [--sweep [--rows 2,4,8,...] [--contexts 0,512,...] [--beside 0,32]]
 
 Both run the same stack of latent attention layers, whose model is narrow so that little but the
 attention is timed, on the default device. `--decode BxT`: one token for each of B sequences of T
@@ -13,11 +14,17 @@ timed as its policy decides and with each form forced. Times are medians of roun
 Decode is set against two bounds, measured here: an elementwise copy (GB/s of latent bytes, each
 read once) and a square matrix product (arithmetic of scores and values, all heads). The larger
 time of the two is the bound, `of_bound` the share of it that is reached.
+
+`--sweep` looks for the policy's limits instead: pieces of few and many rows that continue few and
+many positions, absorbed and materialised in turn, alone and beside sequences that decode. It tells
+for each context from how many rows on the materialised form is faster, and what the count of
+multiplications says; `best_rows` is the `MATERIALISE_ROWS` with which the policy loses least.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -38,6 +45,7 @@ from mlxrewrite.runtime.load import rewritten_module
 from mlxrewrite.runtime.sites import paged_mask
 
 WIDTH = 128  # of the model around the attention
+BESIDE = 1024  # positions of sequences that decode beside a piece
 
 
 class Stack(nn.Module):
@@ -127,23 +135,41 @@ class Theirs:
 class Ours:
     """The rewritten layers over pages."""
 
-    def __init__(self, model: Stack, sequences: int, positions: int, tokens: int) -> None:
+    def __init__(
+        self, model: Stack, sequences: int, positions: int, tokens: int, beside: int = 0
+    ) -> None:
+        """`beside`: sequences of 1024 positions that get one token in each step."""
         size, rows = 16, 512
         blocks = sequences * (-(-(positions + tokens) // size) + 1)
+        blocks += beside * (BESIDE // size + 2)
         self.cache = PagedCache(model, size, num_blocks=blocks, rollback=tokens)
-        self.names = [self.cache.add_sequence() for _ in range(sequences)]
-        self.positions = positions
-        for name in self.names:
-            for start in range(0, positions, rows):
-                count = min(rows, positions - start)
+        self.lengths = {self.cache.add_sequence(): (positions, tokens) for _ in range(sequences)}
+        self.lengths |= {self.cache.add_sequence(): (BESIDE, 1) for _ in range(beside)}
+        for name, (length, _) in self.lengths.items():
+            for start in range(0, length, rows):
+                count = min(rows, length - start)
                 mx.eval(self.cache.step({name: [1] * count}), self.cache.arrays())
 
-    def run(self, tokens: int) -> list[mx.array]:
-        for name in self.names:
-            if self.cache.length(name) > self.positions:
-                self.cache.truncate(name, self.positions)
-        new = {name: [(i + j) % 64 for j in range(tokens)] for i, name in enumerate(self.names)}
+    def run(self) -> list[mx.array]:
+        new = {}
+        for number, (name, (length, tokens)) in enumerate(self.lengths.items()):
+            if self.cache.length(name) > length:
+                self.cache.truncate(name, length)
+            new[name] = [(number + i) % 64 for i in range(tokens)]
         return [self.cache.step(new), *self.cache.arrays()]
+
+    def forced(self, materialised: bool) -> Callable[[], list[mx.array]]:
+        """A step in which pieces of more than one row take one of the two forms."""
+
+        def run() -> list[mx.array]:
+            decided = policy.materialise_latents
+            policy.materialise_latents = lambda rows, *_, **__: materialised and rows > 1
+            try:
+                return self.run()
+            finally:
+                policy.materialise_latents = decided
+
+        return run
 
 
 def alternate(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
@@ -162,9 +188,78 @@ def decode(options: argparse.Namespace, models: tuple[Stack, Stack], case: str) 
     dtype = getattr(mx, options.dtype)
     theirs = Theirs(models[0], sequences, positions, dtype)
     ours = Ours(models[1], sequences, positions, 1)
-    runs = {"mlx_lm": lambda: theirs.run(1), "mlxrewrite": lambda: ours.run(1)}
+    runs = {"mlx_lm": lambda: theirs.run(1), "mlxrewrite": ours.run}
     times = alternate(runs, options.rounds)
     return {"case": f"decode {case}", **report(times, options), **bounds(times, options, case)}
+
+
+def decided(options: argparse.Namespace, rows: int, positions: int) -> bool:
+    """What the policy says of a piece."""
+    sizes = {"rank": options.rank, "heads": options.heads, "content_dim": options.content}
+    return policy.materialise_latents(rows, positions + rows, **sizes)
+
+
+def sweep(options: argparse.Namespace, model: Stack) -> dict[str, Any]:
+    """Both forms over rows and positions, and the smallest number of rows that suits them."""
+    given = policy.MATERIALISE_ROWS
+    cases = []
+    for beside, positions in itertools.product(options.beside, options.contexts):
+        for rows in options.rows:
+            ours = Ours(model, 1, positions, rows, beside)
+            runs = {"absorbed": ours.forced(False), "materialised": ours.forced(True)}
+            times = alternate(runs, options.rounds)
+            spent = {name: median(found) / options.layers for name, found in times.items()}
+            policy.MATERIALISE_ROWS = 0
+            fewer = decided(options, rows, positions)
+            policy.MATERIALISE_ROWS = given
+            cases.append(
+                {
+                    "beside": beside,
+                    "positions": positions,
+                    "rows": rows,
+                    "us_per_layer": {name: round(t * 1e6, 1) for name, t in spent.items()},
+                    "materialised_is_faster": round(spent["absorbed"] / spent["materialised"], 3),
+                    "fewer_multiplications": fewer,
+                    "policy": decided(options, rows, positions),
+                }
+            )
+    limits = sorted({1, *options.rows, max(options.rows) + 1})
+    losses = {limit: loss(cases, limit) for limit in limits}
+    return {
+        "cases": cases,
+        "rows_from_which_it_is_faster": crossings(cases),
+        "mean_loss_by_materialise_rows": losses,
+        "best_rows": min(losses, key=lambda limit: losses[limit]),
+        "materialise_rows": given,
+    }
+
+
+def loss(cases: list[dict[str, Any]], limit: int) -> float:
+    """How much longer than the faster form the policy's takes with this limit, on the average."""
+    over = []
+    for case in cases:
+        spent = case["us_per_layer"]
+        taken = case["fewer_multiplications"] and case["rows"] >= limit
+        over.append(spent["materialised" if taken else "absorbed"] / min(spent.values()) - 1)
+    return round(statistics.mean(over), 4)
+
+
+def crossings(cases: list[dict[str, Any]]) -> dict[str, int | None]:
+    """From how many rows on the materialised form is faster, for each context; None: never."""
+    found: dict[str, int | None] = {}
+    ended: set[str] = set()
+    for case in sorted(cases, key=lambda case: -case["rows"]):
+        key = f"{case['positions']} positions beside {case['beside']}"
+        found.setdefault(key, None)
+        if case["materialised_is_faster"] <= 1:
+            ended.add(key)
+        elif key not in ended:
+            found[key] = case["rows"]
+    return found
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",") if part]
 
 
 def prefill(options: argparse.Namespace, models: tuple[Stack, Stack], case: str) -> dict[str, Any]:
@@ -172,29 +267,10 @@ def prefill(options: argparse.Namespace, models: tuple[Stack, Stack], case: str)
     dtype = getattr(mx, options.dtype)
     theirs = Theirs(models[0], 1, positions, dtype)
     ours = Ours(models[1], 1, positions, tokens)
-    decided = policy.materialise_latents
-
-    def forced(answer: bool) -> Callable[[], Any]:
-        def run() -> Any:
-            policy.materialise_latents = lambda *_, **__: answer
-            try:
-                return ours.run(tokens)
-            finally:
-                policy.materialise_latents = decided
-
-        return run
-
-    runs = {"mlx_lm": lambda: theirs.run(tokens), "mlxrewrite": lambda: ours.run(tokens)}
-    runs |= {"absorbed": forced(False), "materialised": forced(True)}
+    runs = {"mlx_lm": lambda: theirs.run(tokens), "mlxrewrite": ours.run}
+    runs |= {"absorbed": ours.forced(False), "materialised": ours.forced(True)}
     times = alternate(runs, options.rounds)
-    choice = decided(
-        tokens,
-        positions + tokens,
-        rank=options.rank,
-        heads=options.heads,
-        content_dim=options.content,
-    )
-    chosen = "materialised" if choice else "absorbed"
+    chosen = "materialised" if decided(options, tokens, positions) else "absorbed"
     return {"case": f"prefill {case}", "policy": chosen, **report(times, options)}
 
 
@@ -242,6 +318,10 @@ def main() -> int:
     parser.add_argument("--copy-bytes", type=int, default=1 << 30)
     parser.add_argument("--product", type=int, default=8192)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--sweep", action="store_true", help="measure the policy's limits instead")
+    parser.add_argument("--rows", type=numbers, default=numbers("2,4,8,12,16,24,32,64,128,256"))
+    parser.add_argument("--contexts", type=numbers, default=numbers("0,512,2048,8192"))
+    parser.add_argument("--beside", type=numbers, default=numbers("0,32"))
     options = parser.parse_args()
 
     dtype = getattr(mx, options.dtype)
@@ -256,11 +336,7 @@ def main() -> int:
         model.eval()
     models[1].update(models[0].parameters())
     mx.eval(models[0].parameters())
-    options.copy = copy_rate(options.copy_bytes, dtype)
-    options.product = product_rate(options.product, dtype)
-    results = [decode(options, models, case) for case in options.decode.split(",") if case]
-    results += [prefill(options, models, case) for case in options.prefill.split(",") if case]
-    result = {
+    about = {
         "device": str(mx.default_device()),
         "layers": options.layers,
         "heads": options.heads,
@@ -268,14 +344,26 @@ def main() -> int:
         "rope": options.rope,
         "content": options.content,
         "dtype": options.dtype,
-        "copy_gb_per_s": round(options.copy / 1e9, 1),
-        "product_tflop_per_s": round(options.product / 1e12, 2),
-        "results": results,
     }
+    result = about | (sweep(options, models[1]) if options.sweep else measure(options, models))
     print(json.dumps(result, indent=1))
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0
+
+
+def measure(options: argparse.Namespace, models: tuple[Stack, Stack]) -> dict[str, Any]:
+    """All cases beside mlx_lm's layers, and the device's two rates."""
+    dtype = getattr(mx, options.dtype)
+    options.copy = copy_rate(options.copy_bytes, dtype)
+    options.product = product_rate(options.product, dtype)
+    results = [decode(options, models, case) for case in options.decode.split(",") if case]
+    results += [prefill(options, models, case) for case in options.prefill.split(",") if case]
+    return {
+        "copy_gb_per_s": round(options.copy / 1e9, 1),
+        "product_tflop_per_s": round(options.product / 1e12, 2),
+        "results": results,
+    }
 
 
 if __name__ == "__main__":

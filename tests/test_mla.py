@@ -4,6 +4,7 @@ latent pool as a cache that is shared, cut back and copied."""
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -409,6 +410,32 @@ def test_the_benchmark_runs_on_small_sizes(tmp_path):
     assert set(decode["us_per_layer"]) == {"mlx_lm", "mlxrewrite"}
     assert set(prefill["us_per_layer"]) >= {"absorbed", "materialised"}
     assert min(decode["us_per_layer"].values()) > 0 and decode["bound"] in ("bytes", "arithmetic")
+
+
+def test_the_sweep_finds_from_where_a_form_is_faster(tmp_path):
+    script = Path(__file__).parent.parent / "benchmarks" / "mla.py"
+    target = tmp_path / "result.json"
+    sizes = "--layers 1 --heads 4 --rank 32 --rope 8 --content 16 --dtype float32 --rounds 1"
+    cases = "--sweep --rows 2,9 --contexts 0,20 --beside 0,1 --json"
+    run = [sys.executable, str(script), *sizes.split(), *cases.split(), str(target)]
+    subprocess.run(run, check=True, capture_output=True)
+    found = json.loads(target.read_text())
+    assert len(found["cases"]) == 8 and found["best_rows"] in (1, 2, 9, 10)
+    bench = runpy.run_path(str(script))
+    made = [
+        {
+            "beside": 0,
+            "positions": 0,
+            "rows": rows,
+            "us_per_layer": {"absorbed": 100.0, "materialised": 100.0 / faster},
+            "materialised_is_faster": faster,
+            "fewer_multiplications": rows > 2,
+        }
+        for rows, faster in ((2, 1.1), (4, 0.5), (8, 1.25), (16, 2.0))
+    ]
+    assert bench["crossings"](made) == {"0 positions beside 0": 8}
+    assert bench["loss"](made, 8) == pytest.approx(0.025)
+    assert bench["loss"](made, 4) == pytest.approx((0.1 + 1) / 4)
 
 
 def test_ranked_positions_belong_to_their_step():
