@@ -19,6 +19,7 @@ from .ir import Assign, Edit, For, Method, Site, Span, Stmt, Value
 from .match import Mixer, callee_name, every_value, is_none_test, library_call, same, uses
 from .per_length import Ops
 from .program import Program
+from .scans import _is_whole
 from .states import Reach
 
 OP = "selective_scan"
@@ -240,7 +241,7 @@ def _is_token(program: Program, key: Value, x: Value) -> bool:
 
 def _token(key: Value) -> Value | None:
     """t in the key of `x[:, t]`, t an element of something."""
-    if key.op != "tuple" or len(key.args) != 2 or not _is_all(key.args[0]):
+    if key.op != "tuple" or len(key.args) != 2 or not _is_whole(key.args[0]):
         return None
     return key.args[1] if key.args[1].op == "elem" else None
 
@@ -254,7 +255,7 @@ def _bound(program: Program, token: Value) -> Value | None:
 def _is_place(key: Value, place: int) -> bool:
     """`[:, place]`."""
     return key.op == "tuple" and len(key.args) == 2 and (
-        _is_all(key.args[0]) and _number(key.args[1]) == place
+        _is_whole(key.args[0]) and _number(key.args[1]) == place
     )  # fmt: skip
 
 
@@ -272,12 +273,6 @@ def _carries(method: Method, held: Value, round_: Value, place: Value) -> bool:
         if after is not None and after.op == "loop" and after.args[0] is held.args[0]:
             return _is_entry(after.args[1], round_, place)
     return False
-
-
-def _is_all(key: Value) -> bool:
-    return key.op == "slice" and all(
-        part.op == "const" and part.data is None for part in key.args[:3]
-    )
 
 
 def _number(value: Value) -> int | None:

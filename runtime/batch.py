@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Protocol, cast
@@ -41,13 +41,6 @@ class Batch:
     originals: Originals
     serial: int
     memo: dict[Any, Any] = field(default_factory=dict)
-
-    def memo_of(self, key: Any, make: Callable[[], mx.array]) -> mx.array:
-        """What `make` returns, made once for all layers; `key` names it and all it depends on."""
-        found: mx.array | None = self.memo.get(key)
-        if found is None:
-            found = self.memo[key] = make()
-        return found
 
     @property
     def num_rows(self) -> int:

@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
+from mlxrewrite.kernels.shift import shift
 
-from .batch import Batch
+from .row_states import ends_of, origins_of
 from .views import StateView
 
 __all__ = ["keep_last_rows", "previous_rows"]
@@ -27,18 +27,19 @@ def previous_rows(rows: mx.array, cache: Any, index: int) -> mx.array:
     batch, table = view.batch, view.table
     batch.memo["previous", id(table), index] = rows.shape[1:]
     sequences = tuple(part.sequence for part in batch.rows)
-    known = table.known(index, sequences)
-    if all(known) and len(sequences) == len(rows):
-        kept = table.read(index, sequences)
-        assert kept is not None
-        return _like(kept, rows)
-    sources = [mx.zeros((1, *rows.shape[1:]), rows.dtype), rows]
-    held = tuple(name for name, is_known in zip(sequences, known, strict=True) if is_known)
-    if held:
-        kept = table.read(index, held)
-        assert kept is not None
-        sources.append(_like(kept, rows))
-    return mx.concatenate(sources)[_places(batch, known)]
+    begun = table.known(index, sequences)
+    held = tuple(name for name, has in zip(sequences, begun, strict=True) if has)
+    states = table.read(index, held) if held else None
+    if states is not None and states.shape[1:] != rows.shape[1:]:
+        raise TypeError(
+            f"previous_rows: the states are rows of {list(states.shape[1:])}, this step's of "
+            f"{list(rows.shape[1:])}"
+        )
+    if states is not None and all(begun) and len(sequences) == len(rows):
+        return states.astype(rows.dtype)  # every row is the next of its sequence
+    flat = (len(rows), -1)
+    before = None if states is None else states.reshape(len(held), -1)
+    return shift(rows.reshape(flat), before, origins_of(batch, begun)).reshape(rows.shape)
 
 
 def keep_last_rows(cache: Any, index: int, rows: mx.array, axis: int) -> None:
@@ -57,10 +58,8 @@ def keep_last_rows(cache: Any, index: int, rows: mx.array, axis: int) -> None:
             f"predecessors of rows of {list(read)}"
         )
     # A copy, or what the rows are a part of would stay in memory.
-    if len(batch.rows) == len(rows):
-        last = mx.contiguous(rows)
-    else:
-        last = rows[batch.memo_of("last rows", lambda: _last(batch))]
+    single = len(batch.rows) == len(rows)
+    last = mx.contiguous(rows) if single else mx.take(rows, ends_of(batch), axis=0)
     table.write(index, tuple(part.sequence for part in batch.rows), last)
 
 
@@ -72,30 +71,3 @@ def _checked(rows: mx.array, cache: Any, name: str) -> StateView:
             f"{name}: expected {cache.batch.num_rows} rows, got an array of {list(rows.shape)}"
         )
     return cache
-
-
-def _like(kept: mx.array, rows: mx.array) -> mx.array:
-    if kept.shape[1:] != rows.shape[1:]:
-        raise TypeError(
-            f"previous_rows: the states are rows of {list(kept.shape[1:])}, this step's of "
-            f"{list(rows.shape[1:])}"
-        )
-    return kept.astype(rows.dtype)
-
-
-def _last(batch: Batch) -> mx.array:
-    return mx.array(np.array([part.stop - 1 for part in batch.rows], dtype=np.int32))
-
-
-def _places(batch: Batch, known: tuple[bool, ...]) -> mx.array:
-    """Where each row's predecessor stands: 0 a zero, then the step's rows, then the kept ones."""
-
-    def make() -> mx.array:
-        places = np.arange(batch.num_rows, dtype=np.int32)  # the row above is one further on
-        kept = batch.num_rows + 1
-        for part, is_known in zip(batch.rows, known, strict=True):
-            places[part.start] = kept if is_known else 0
-            kept += is_known
-        return mx.array(places)
-
-    return batch.memo_of(("previous", known), make)

@@ -54,10 +54,26 @@ def _shifted(rows: mx.array, held: HeldState) -> mx.array:
     if all(begun) and len(parts) == rows.shape[0]:
         assert states is not None
         return states  # every row is the next of its sequence
-    origins = held.batch.memo.get(("origins", begun))
-    if origins is None:
-        origins = held.batch.memo["origins", begun] = Origins.of([p.length for p in parts], begun)
-    return shift(rows[:, 0], None if states is None else states[:, 0], origins)[:, None]
+    before = None if states is None else states[:, 0]
+    return shift(rows[:, 0], before, origins_of(held.batch, begun))[:, None]
+
+
+def origins_of(batch: Batch, begun: tuple[bool, ...]) -> Origins:
+    """Where each row's predecessor is, if these of the batch's sequences have a state."""
+    found: Origins | None = batch.memo.get(("origins", begun))
+    if found is None:
+        lengths = [part.length for part in batch.rows]
+        found = batch.memo["origins", begun] = Origins.of(lengths, begun)
+    return found
+
+
+def ends_of(batch: Batch) -> mx.array:
+    """Each sequence's last row, int32."""
+    found: mx.array | None = batch.memo.get("ends")
+    if found is None:
+        last = np.array([part.stop - 1 for part in batch.rows], dtype=np.int32)
+        found = batch.memo["ends"] = mx.array(last)
+    return found
 
 
 def last_of_sequences(x: mx.array) -> NewState:
@@ -68,11 +84,7 @@ def last_of_sequences(x: mx.array) -> NewState:
         sequences = tuple(part.sequence for part in batch.rows)
         if len(sequences) == batch.num_rows:
             return [(sequences, rows)]
-        ends = batch.memo.get("ends")
-        if ends is None:
-            last = np.array([part.stop - 1 for part in batch.rows], dtype=np.int32)
-            ends = batch.memo["ends"] = mx.array(last)
-        return [(sequences, mx.take(rows, ends, axis=0))]
+        return [(sequences, mx.take(rows, ends_of(batch), axis=0))]
 
     return NewState(parts)
 

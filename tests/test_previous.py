@@ -7,6 +7,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlxrewrite.kernels import launch
+from mlxrewrite.kernels.shift import Origins
 from mlxrewrite.runtime import previous
 from mlxrewrite.runtime.batch import Batch
 from mlxrewrite.runtime.cache import PagedCache
@@ -59,16 +61,19 @@ def errors() -> float:
     return worst
 
 
-def test_each_row_finds_the_one_before_it():
-    assert errors() == 0.0
+@pytest.mark.parametrize("where", [None, "runner"])
+def test_each_row_finds_the_one_before_it(where):
+    with launch.backend(where):
+        assert errors() == 0.0
 
 
 def _first_row_of_the_step(patch):
-    patch.setattr(previous, "_last", lambda b: mx.array([part.start for part in b.rows]))
+    patch.setattr(previous, "ends_of", lambda b: mx.array([part.start for part in b.rows]))
 
 
 def _row_above_whosever_it_is(patch):
-    patch.setattr(previous, "_places", lambda batch, known: mx.arange(batch.num_rows))
+    one = Origins.of
+    patch.setattr(previous, "origins_of", lambda b, begun: one([b.num_rows], begun[:1]))
 
 
 def _kept_rows_in_another_order(patch):
@@ -86,7 +91,7 @@ def test_seeded_bugs_are_seen(bug, monkeypatch):
 
 def test_a_model_sees_a_seeded_bug(monkeypatch):
     """The last row of a step where that of each sequence belongs."""
-    monkeypatch.setattr(previous, "_last", lambda b: mx.array([b.num_rows - 1] * len(b.rows)))
+    monkeypatch.setattr(previous, "ends_of", lambda b: mx.array([b.num_rows - 1] * len(b.rows)))
     _, config, _ = _read(CONFIGS / "baichuan_m1.json")
     original, rewritten, *_ = _models(config, None, 0, None, None)
     schedule = random_schedule(1, ((9, 5), (1, 9), (8, 4), (6, 6)), 60, 7)
