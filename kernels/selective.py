@@ -53,9 +53,12 @@ def selective_scan(
     """
     count, length, channels = x.shape
     states = A.shape[1]
-    if B.shape != (count, length, states) or C.shape != B.shape or delta.shape != x.shape:
-        shapes = ", ".join(str(list(part.shape)) for part in (x, delta, A, B, C))
-        raise TypeError(f"selective_scan: x, delta, A, B, C of {shapes} do not go together")
+    rows_fit = delta.shape == x.shape and B.shape == C.shape == (count, length, states)
+    weights_fit = A.shape == (channels, states) and D.shape == (channels,)
+    if not (rows_fit and weights_fit and (state is None or state.shape == (count, *A.shape))):
+        given = (x, delta, A, B, C, D, *(() if state is None else (state,)))
+        shapes = ", ".join(str(list(part.shape)) for part in given)
+        raise TypeError(f"selective_scan: x, delta, A, B, C, D, h of {shapes} do not go together")
     if state is None:
         state = mx.zeros((count, channels, states), mx.float32)
     state = state.astype(mx.float32)

@@ -94,9 +94,19 @@ def test_what_the_kernels_lack_takes_the_plain_form():
 
 
 def test_shapes_that_do_not_go_together_are_refused():
-    x, delta, A, B, C, D, _ = Case(length=3).arrays()
-    with pytest.raises(TypeError, match="do not go together"):
-        selective_scan(x, delta, A, B[:, :2], C, D)
+    """Also those that would broadcast: a kernel reads what each channel has."""
+    arrays = Case(length=3).arrays()
+    for place, wrong in (
+        (1, arrays[1][:, :2]),
+        (2, arrays[2][:1]),
+        (3, arrays[3][:, :2]),
+        (4, arrays[4][..., :4]),
+        (5, arrays[5][:1]),
+        (6, arrays[6][:1]),
+    ):
+        given = [wrong if i == place else part for i, part in enumerate(arrays)]
+        with pytest.raises(TypeError, match="do not go together"):
+            selective_scan(*given)
 
 
 BUGS = {
