@@ -35,6 +35,10 @@ def driver_edits(
     imports: set[str] = set()
     if any(value.data == _ROPE for value in module.names.values()):
         imports.add("initialize_rope")
+    for method in _methods(module, frozenset()):
+        for edit in _ropes(program, module, method):
+            edits.append(edit)
+            imports.add("initialize_rope")
     for method in _methods(module, per_sequence):
         taken: list[Span] = []
         for edit, name, span in (*_chunk_masks(program, module, method),):
@@ -69,6 +73,16 @@ def _masks(program: Program, module: ModuleFacts, method: Method) -> Iterator[Fo
             new = "paged_mask" if name in ATTENTION_MASK else "sequence_mask"
             edit = rename_callee(module.source, effect.value, new, "mask")
             yield edit, new, effect.value.span
+
+
+def _ropes(program: Program, module: ModuleFacts, method: Method) -> Iterator[Edit]:
+    """Ropes made by mlx_lm's function under another name; under its own, the import shadows it."""
+    for effect in method.calls():
+        call = effect.value
+        if callee_name(program, call) == _ROPE and call.syntax is not None:
+            callee = call.syntax.args[0]
+            if not (callee.op == "name" and callee.data == _ROPE.rpartition(".")[2]):
+                yield rename_callee(module.source, call, "initialize_rope", "rope")
 
 
 def _position_ranges(program: Program, module: ModuleFacts, method: Method) -> Iterator[Found]:

@@ -253,19 +253,16 @@ class LibraryCalls(Builtins):
 
     def call_opaque(self, method: str, args: Sequence[Value], more: dict[str, Value]) -> Value:
         if method in ("update_and_fetch", "keys_and_values"):
-            if not args:
+            if not args and not more:
                 return Tuple((Opaque("handle"), Opaque("handle")))
-            return self.apply(
-                Rule(method, lambda c, k, v: updated(k, v), "keys go to pages"), args, more
-            )
+            rule = Rule(method, lambda c, keys, values: updated(keys, values), "keys go to pages")
+            return self.apply(rule, args, more)
         if method == "update_and_fetch_latents":
-            return self.apply(
-                Rule(method, lambda c, k, v: updated(k, v), "latents go to pages"), args, more
-            )
+            rule = Rule(method, lambda c, latents, ropes: updated(latents, ropes), "as keys")
+            return self.apply(rule, args, more)
         if method == "update_and_fetch_index":
-            self.apply(
-                Rule(method, lambda c, k, v: updated(k, v), "index keys go to pages"), args, more
-            )
+            rule = Rule(method, lambda c, keys, values: updated(keys, values), "as keys")
+            self.apply(rule, args, more)
             return Tuple((Opaque("index"), NONE))
         if method == "make_mask":
             return Opaque("mask")

@@ -154,6 +154,7 @@ class _Lower:
         self.data = source.data
         self.starts = source.line_starts
         self.depth = 0
+        self.comments: set[int] | None = None  # where they begin, once that has been asked
         self.inside: Span | None = None  # of an f-string: places in it are not told exactly
 
     # ----------------------------------------------------------------- places
@@ -184,12 +185,29 @@ class _Lower:
             elif self.data[place] in b"\r\n":
                 place -= 1
                 line = self.starts[max(0, self._line(place))]
-                comment = self.data.find(b"#", line, place + 1)
-                if comment >= 0 and not self.data[line:comment].strip(b" \t([{"):
-                    place = comment - 1  # a line of only brackets and a comment
+                comment = self.comment_in(line, place + 1)
+                if comment >= 0:
+                    place = comment - 1
             else:
                 break
         return place
+
+    def comment_in(self, start: int, end: int) -> int:
+        """Where the comment of a line that ends outside of strings begins; -1 without one."""
+        comment = self.data.find(b"#", start, end)
+        if comment < 0:
+            return -1
+        line = self.data[start:end]
+        if b"'" not in line and b'"' not in line:
+            return comment
+        if self.comments is None:  # the sign may stand in a string
+            words = tokenize.tokenize(BytesIO(self.data).readline)
+            self.comments = {
+                self.starts[word.start[0] - 1] + len(word.line[: word.start[1]].encode())
+                for word in words
+                if word.type == tokenize.COMMENT
+            }
+        return next((at for at in range(comment, end) if at in self.comments), -1)
 
     def _line(self, place: int) -> int:
         return bisect_right(self.starts, place) - 1
