@@ -99,6 +99,7 @@ class VisionModel:
         self.language: Any = model.language_model
         self._swaps: list[_Swap] = []
         self._prompts: dict[int, Prepared] = {}
+        self._axis = 0  # of a row's positions: 1 where the model stacks them last
         self.manifest, self.why = _manifest(self.language, generated)
         self._state = _state_places(self.language, self.manifest)
         self._fresh = self._read_state()
@@ -213,6 +214,11 @@ class VisionModel:
             for name, value in found.to_dict().items()
             if name != "inputs_embeds" and value is not None
         }
+        if found.inputs_embeds.shape[1] != len(ids):
+            raise RuntimeRefusal(
+                f"a prompt of {len(ids)} tokens became {found.inputs_embeds.shape[1]} rows: models "
+                "that put in more rows themselves are not supported"
+            )
         prepared = Prepared(
             list(ids), found.inputs_embeds, features, None, 0, 0, pixels is not None
         )
@@ -239,19 +245,22 @@ class VisionModel:
         one of them only, rows of a batch cannot be told apart: such a model runs once per sequence.
         """
         ids = mx.array([[0]], mx.int32)
-        given = {"position_ids": mx.zeros((3, 1, 1), mx.int32)} if self.takes_positions else {}
-        try:
-            embeds = self.model.get_input_embeddings(ids, None).inputs_embeds
-            both = [
-                self.language(ids, cache=own_caches.make_prompt_cache(self.language), **given, **by)
-                for by in ({}, {"inputs_embeds": embeds})
-            ]
-        except (ValueError, TypeError, AttributeError, IndexError, KeyError):
-            return False
-        finally:
-            self._write_state(self._fresh)
-        first, second = (np.array(output.logits.astype(mx.float32)) for output in both)
-        return bool(np.abs(first - second).max() <= 1e-2 * max(float(first.std()), 1e-6))
+        for self._axis, shape in enumerate(((3, 1, 1), (1, 1, 3))):
+            given = {"position_ids": mx.zeros(shape, mx.int32)} if self.takes_positions else {}
+            try:
+                embeds = self.model.get_input_embeddings(ids, None).inputs_embeds
+                caches = (own_caches.make_prompt_cache(self.language) for _ in range(2))
+                both = [
+                    self.language(ids, cache=next(caches), **given, **by)
+                    for by in ({}, {"inputs_embeds": embeds})
+                ]
+                first, second = (np.array(output.logits.astype(mx.float32)) for output in both)
+            except (ValueError, TypeError, AttributeError, IndexError, KeyError):
+                continue
+            finally:
+                self._write_state(self._fresh)
+            return bool(np.abs(first - second).max() <= 1e-2 * max(float(first.std()), 1e-6))
+        return False
 
     def _set_positions(self, prepared: Prepared) -> None:
         given = prepared.features.get("position_ids")
@@ -326,7 +335,7 @@ class VisionModel:
 
     def _row_positions(self, rows: Sequence[Rows]) -> mx.array:
         """[3, T, 1], or [T, 1, 3] where the model stacks them last."""
-        columns, axis = [], 0
+        columns, axis = [], self._axis
         for part in rows:
             prepared = self._prompts.get(part.sequence)
             places = np.arange(part.position, part.end)
@@ -460,7 +469,9 @@ class VisionModel:
                 prompt.delta = int(np.array(value).ravel()[0])
                 # Only its last one and those behind it are asked for from now on.
                 places = np.arange(len(prompt)) + prompt.delta
-                prompt.positions = np.broadcast_to(places, (3, len(prompt)))
+                prompt.axis = self._axis
+                table = np.broadcast_to(places, (3, len(prompt)))
+                prompt.positions = table.T if prompt.axis else table
                 return
         raise RuntimeRefusal("the model does not tell the positions behind a prompt with images")
 

@@ -2,8 +2,8 @@
 
     python scripts/vlm_parity_table.py [--seed 0] [--json FILE] [FOLDER...]
 
-Runs `vision_verify.verify` over one tiny config for each folder, in a process of its own: a crash
-of a folder's original is a row of the table, not its end. Results are kept in the JSON file, so
+Runs `vision_verify.verify` over one tiny config for each folder, in another process: a crash of
+a folder's original is a row of the table, not its end. Results are kept in the JSON file, so
 FOLDER measures some folders again, and `--page` only writes the page.
 """
 
@@ -15,13 +15,13 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 MANIFESTS = ROOT / "generated" / "mlx_vlm"
 OWN, SHARED = ROOT / "tests" / "vlm_configs", ROOT / "tests" / "configs"
-MOST_SECONDS = 600
 SHOWN = {"model": "per-sequence (whole model)"}
 
 
@@ -31,20 +31,26 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=ROOT / "docs" / "vlm_parity.json")
     parser.add_argument("--page", action="store_true", help="only write the page")
-    parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", type=Path, nargs="*", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.one is not None:
-        print(json.dumps(measure(options.one, options.seed)))
+    if options.measure:
+        for config in options.measure:
+            try:
+                result = measure(config, options.seed)
+            except Exception as problem:
+                result = {"failed": " ".join(str(problem).split())[:90]}
+            print(json.dumps(result), flush=True)
         return 0
     found: dict[str, Any] = json.loads(options.json.read_text()) if options.json.exists() else {}
     names = options.folders or sorted(path.parent.name for path in MANIFESTS.glob("*/*.json"))
-    for name in [] if options.page else names:
-        config = config_of(name)
+    configs = {name: config_of(name) for name in ([] if options.page else names)}
+    for name, config in configs.items():
         if config is None:
             found.pop(name, None)
-            continue
-        found[name] = apart(config, options.seed)
-        print(name, found[name], flush=True)
+    left = {name: config for name, config in configs.items() if config is not None}
+    for name, result in apart(left, options.seed):
+        found[name] = result
+        print(name, result, flush=True)
         options.json.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
     (ROOT / "docs" / "vlm_parity.md").write_text(page(found, options.seed))
     return int(any(row.get("passed") is False for row in found.values()))
@@ -60,21 +66,20 @@ def config_of(folder: str) -> Path | None:
     return SHARED / f"{known[folder]}.json" if folder in known else None
 
 
-def apart(config: Path, seed: int) -> dict[str, Any]:
-    """`measure` in a process of its own."""
-    command = [sys.executable, __file__, "--one", str(config), "--seed", str(seed)]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=MOST_SECONDS, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return {"failed": f"longer than {MOST_SECONDS} s"}
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or [""]
-        ended = f"signal {-done.returncode}" if done.returncode < 0 else last[0]
-        return {"failed": ended[:100]}
-    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return result
+def apart(configs: Mapping[str, Path], seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """`measure` in another process: a new one goes on behind a folder that ended it."""
+    left = list(configs)
+    while left:
+        words = [str(configs[name]) for name in left]
+        command = [sys.executable, __file__, "--seed", str(seed), "--measure", *words]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith("{"):
+                    yield left.pop(0), json.loads(line)
+        if left:
+            code = process.returncode
+            yield left.pop(0), {"failed": f"ends the process ({code})"}
 
 
 def measure(config: Path, seed: int) -> dict[str, Any]:
