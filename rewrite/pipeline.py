@@ -139,10 +139,10 @@ class Compiler:
     def _judge(self, program: Program, module: ModuleFacts) -> dict[str, Match | Refusal]:
         if self.is_target(module):
             found = classify(program, module)
-            return _unproved(found) if self.package.nested else found
+            return without_proof(found) if self.package.nested else found
         if not self.package.nested:
             return {}
-        found = _unproved(classify(program, module))  # texts of larger models are not proved
+        found = without_proof(classify(program, module))  # texts of larger models are not proved
         return {cls: outside(program, cls, judged) for cls, judged in found.items()}
 
     def judged(self, module: ModuleFacts) -> tuple[Program, Judgements]:
@@ -222,7 +222,7 @@ class Compiler:
         proof = self.proofs.prove(module, self._plan(module, program, judgements), judgements)
         name = module.source.module
         own = self.judgements[name]
-        if proof.failure is None or (other := _unproved(own)) == own:
+        if proof.failure is None or (other := without_proof(own)) == own:
             return proof
         self.judgements[name] = other
         self.linked.clear()
@@ -245,7 +245,7 @@ def _syntax(problem: ParseError) -> Diagnostic:
     return error("syntax", problem.message, where)
 
 
-def _unproved(found: dict[str, Match | Refusal]) -> dict[str, Match | Refusal]:
+def without_proof(found: dict[str, Match | Refusal]) -> dict[str, Match | Refusal]:
     """Judgements that need no proof of the rest of their file."""
     return {
         cls: judged.otherwise if isinstance(judged, Match) and judged.otherwise else judged

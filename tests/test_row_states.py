@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -308,3 +310,15 @@ def test_what_runs_once_per_length_agrees_too(tmp_path):
     assert main([str(source), "-o", str(made), "-q", "--no-cache"]) == 0
     report = verify(EXAMPLES / "token_shift.json", generated=made, source=source)
     assert report.passed, report.text()
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs(tmp_path):
+    script = Path(__file__).parent.parent / "benchmarks" / "rows.py"
+    sizes = "--hidden 64 --head 32 --layers 2 --decode 2 --prompts 5,3 --rounds 1 --dtype float32"
+    target = tmp_path / "result.json"
+    run = [sys.executable, str(script), *sizes.split(), "--json", str(target)]
+    subprocess.run(run, check=True, capture_output=True)
+    spent = json.loads(target.read_text())["milliseconds"]
+    assert set(spent) == {"decode only", "with prompts"}
+    assert all(set(part) == {"rows", "once per length"} for part in spent.values())

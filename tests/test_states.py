@@ -189,7 +189,9 @@ def test_seeded_bugs_are_seen(bug, monkeypatch):
     assert not run("qwen3_next").within(1e-4)
 
 
-@pytest.mark.parametrize("name", ["qwen3_next", "recurrent_gemma", "jamba", "baichuan_m1"])
+@pytest.mark.parametrize(
+    "name", ["qwen3_next", "recurrent_gemma", "jamba", "baichuan_m1", "rwkv7", "bailing_hybrid"]
+)
 def test_a_snapshot_goes_on_as_the_sequence_it_is_of(name):
     original, rewritten = models(name)
     prompt, ends = [5, 9, 3, 7, 1, 2, 8, 4], ([6, 3, 1], [9, 9, 2, 5])
@@ -245,7 +247,8 @@ def test_prompt_caches_go_in_and_out(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["qwen3_next", "mamba2", "recurrent_gemma", "jamba", "baichuan_m1"]
+    "name",
+    ["qwen3_next", "mamba2", "recurrent_gemma", "jamba", "baichuan_m1", "rwkv7", "bailing_hybrid"],
 )
 def test_equal_beginnings_are_read_once(name):
     """Prompts that begin alike share blocks and a snapshot of the states; answers stay the same."""
@@ -265,7 +268,7 @@ def test_equal_beginnings_are_read_once(name):
 
 
 @pytest.mark.parametrize("overlap", [True, False])
-@pytest.mark.parametrize("name", ["qwen3_next", "mamba2", "baichuan_m1"])
+@pytest.mark.parametrize("name", ["qwen3_next", "mamba2", "baichuan_m1", "rwkv7"])
 def test_the_next_turn_goes_on_from_the_answer(name, overlap):
     """What was generated is not read again, wherever in a block it ended; also by two at once."""
     original, rewritten = models(name)
