@@ -16,7 +16,7 @@ from mlxrewrite.kernels.ops import Quantization, Ragged
 from . import batch as batches
 from .batch import Batch, Sampled
 from .blocks import BlockAllocator, BlockTable
-from .caches import ArraysCache, KVCache, Retention, Spec, is_spec
+from .caches import ArraysCache, KVCache, Retention, Spec, spec_of
 from .errors import OutOfBlocks, RuntimeRefusal, UnknownSequence
 from .pools import EntryPool
 from .recorded import Recorder, filled
@@ -599,12 +599,13 @@ def cache_specs(model: Any) -> list[Spec | None]:
     if not hasattr(model, "make_cache"):
         return [KVCache() for _ in model.layers]
     entries = list(model.make_cache())
-    specs = [entry for entry in entries if is_spec(entry)]
-    if len({id(spec) for spec in specs}) < len(specs):
+    specs = [spec_of(entry) for entry in entries]
+    own = [id(entry) for entry, spec in zip(entries, specs, strict=True) if spec is not None]
+    if len(set(own)) < len(own):
         raise RuntimeRefusal(
             "make_cache returns one cache several times: expected a cache of its own for each entry"
         )
-    return [entry if is_spec(entry) else None for entry in entries]
+    return specs
 
 
 def cache_retentions(model: Any) -> list[Retention]:

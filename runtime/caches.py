@@ -166,3 +166,16 @@ def is_spec(value: object) -> bool:
     if not isinstance(value, Spec) or type(value) not in _SPECS:
         return False
     return all(is_spec(part) for part in value.parts)
+
+
+def spec_of(value: Any) -> Spec | None:
+    """The spec of a cache list's entry: itself, or that of an empty cache of mlx_lm, which a
+    `make_cache` that was exchanged may give. None for anything else."""
+    if is_spec(value):
+        found: Spec = value
+        return found
+    if type(value) is upstream.KVCache and value.empty():
+        return KVCache()
+    if type(value) is upstream.RotatingKVCache and value.empty():
+        return RotatingKVCache(value.max_size, value.keep)
+    return None

@@ -678,7 +678,8 @@ class Engine:
             raise RuntimeRefusal("an empty prompt: expected at least one token")
         if request.max_tokens < 1:
             raise RuntimeRefusal(f"max_tokens: expected at least 1, got {request.max_tokens}")
-        held = 0 if request.caches is None else length_of(request.caches)
+        before = len(request.before)
+        held = 0 if request.caches is None else length_of(request.caches, before)
         if request.caches is not None and not held and request.before:
             raise RuntimeRefusal("prompt caches: they are empty, and some tokens are said to be in")
         unknown = held - len(request.before) if held else 0

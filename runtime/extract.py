@@ -50,14 +50,19 @@ def extract(cache: PagedCache, sequence: int) -> list[Any]:
     return found
 
 
-def length_of(caches: Sequence[Any]) -> int:
-    """How many positions prompt caches hold; 0 for fresh ones."""
+def length_of(caches: Sequence[Any], before: int) -> int:
+    """How many positions prompt caches hold; 0 for fresh ones.
+
+    States do not say after how many positions they are: `before`, if that many are said to be in
+    them, or one that stands for all, since nothing else in such caches depends on it.
+    """
     offsets = [
         int(entry.offset)
         for entry in _flat(caches)
         if isinstance(getattr(entry, "offset", 0), int) and hasattr(entry, "offset")
     ]
-    return max(offsets, default=0)
+    found = max(offsets, default=0)
+    return max(before, 1) if not found and any(map(_arrays, _flat(caches))) else found
 
 
 def check(

@@ -16,9 +16,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
+from huggingface_hub import CacheNotFound, scan_cache_dir
 from mlx_lm import server as upstream
 from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START
 
@@ -325,6 +327,10 @@ class Handler(upstream.APIHandler):  # type: ignore[misc]
         self.end_headers()
         self.wfile.write(text)
 
+    def handle_models_request(self) -> None:
+        listed = rebound(upstream.APIHandler.handle_models_request, scan_cache_dir=_downloaded)
+        listed(self)
+
     def handle_completion(self, request: Any, stop_words: Any) -> None:
         try:
             super().handle_completion(request, stop_words)
@@ -359,6 +365,14 @@ def _require_caches(path: str, given: argparse.Namespace) -> None:
             trust_remote_code=given.trust_remote_code,
         )
         footprint(model, given.block_size, quantization=asked)
+
+
+def _downloaded() -> Any:
+    """What was downloaded; nothing where nothing ever was."""
+    try:
+        return scan_cache_dir()
+    except CacheNotFound:
+        return SimpleNamespace(repos=())
 
 
 def _make_sampler(args: Any, tokenizer: Any) -> Any:

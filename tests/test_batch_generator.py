@@ -1,15 +1,21 @@
 """The engine under the interface of mlx_lm's BatchGenerator, beside mlx_lm's own."""
 
+import json
+from pathlib import Path
+
 import mlx.core as mx
 import pytest
 from mlx_lm.generate import BatchGenerator, StopSequences, batch_generate, generate_step
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models import mamba2
+from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlxrewrite.runtime import batch_generator as module
 from mlxrewrite.runtime.batch_generator import PagedBatchGenerator
 from mlxrewrite.runtime.errors import RuntimeRefusal
+from mlxrewrite.runtime.load import rewritten_module
 from mlxrewrite.runtime.rebind import rebound
 from mlxrewrite.runtime.sampling import Seeded
+from mlxrewrite.runtime.weights import randomise
 from runtime_models.pairs import make_pair
 
 PROMPTS = [[5, 9, 2, 7, 7, 1], [3], list(range(40, 75)), [5, 9, 2, 7, 7, 1, 4, 4]]
@@ -220,3 +226,45 @@ def test_caches_of_one_model_are_not_those_of_another() -> None:
     mine = PagedBatchGenerator(windows, max_tokens=3)
     with pytest.raises(RuntimeRefusal, match="expected"):
         mine.insert([[4]], caches=[cache])
+
+
+def test_states_alone_go_on_with_their_caches() -> None:
+    """Such caches do not say how long they are; `all_tokens` may, or nobody."""
+    config = json.loads((Path(__file__).parent / "configs/mamba2.json").read_text())
+    original = mamba2.Model(mamba2.ModelArgs.from_dict(config))
+    module = rewritten_module(config)
+    rewritten = module.Model(module.ModelArgs.from_dict(config))
+    randomise(original, 4)
+    rewritten.update(original.parameters())
+    mine = PagedBatchGenerator(rewritten, max_tokens=5, block_size=4, completion_batch_size=2)
+    uids = mine.insert(PROMPTS)
+    ends = {uid: part[-1] for uid, part in drain(mine).items()}
+    caches = [ends[uid].prompt_cache for uid in uids]
+    before = [ends[uid].all_tokens for uid in uids]
+    for said in (None, before):
+        again = drain_in_order(mine, mine.insert([[3, 1]] * 4, caches=caches, all_tokens=said))
+        for got, tokens in zip(again, before, strict=True):
+            assert got == alone(original, [*tokens, 3, 1], 5)
+    mine.close()
+
+
+def drain_in_order(generator, uids):
+    found = tokens_of(drain(generator))
+    return [found[uid] for uid in uids]
+
+
+def test_windows_by_an_exchanged_make_cache() -> None:
+    """mlx_lm's users give a model other caches by its `make_cache`."""
+    original, rewritten = make_pair("plain", 3)
+    for model in (original, rewritten):
+        model.make_cache = lambda: [RotatingKVCache(max_size=6) for _ in range(3)]
+    mine = PagedBatchGenerator(rewritten, max_tokens=9, block_size=4)
+    uids = mine.insert(PROMPTS)
+    found = drain(mine)
+    for uid, prompt in zip(uids, PROMPTS, strict=True):
+        assert tokens_of(found)[uid] == alone(original, prompt, 9)
+        assert {type(entry) for entry in found[uid][-1].prompt_cache} == {RotatingKVCache}
+    mine.close()
+    rewritten.make_cache = lambda: [RotatingKVCache(max_size=6, keep=4) for _ in range(3)]
+    with pytest.raises(RuntimeRefusal, match="keep=4"):
+        PagedBatchGenerator(rewritten).insert(PROMPTS)

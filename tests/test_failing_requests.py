@@ -206,6 +206,8 @@ def test_an_observer_that_fails_is_left_alone(caplog: pytest.LogCaptureFixture) 
 
 
 BREAK = """
+import os
+os.environ["HF_HUB_CACHE"] = "/nowhere"
 import mlxrewrite.runtime.serve as serve
 made = serve._make_sampler
 def breaks(args, tokenizer):
@@ -250,6 +252,8 @@ def test_a_served_request_fails_alone(tmp_path) -> None:
         assert "[DONE]" not in told
         text = json.loads(wanted)["choices"][0]["text"]
         assert json.loads(ask(server)[1])["choices"][0]["text"] == text
+        (model,) = server.get("/v1/models")["data"]  # without a folder of downloads
+        assert model["id"] == str(folder.resolve())
         metrics = server.metrics()
         for _ in range(50):
             if not metrics["mlxrewrite_requests_running"]:
