@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Many requests at once: the engine beside mlx_lm's BatchGenerator, in one process.
 
-    python benchmarks/serving.py [MODEL_DIR] [--json FILE] [--quick]
+    python benchmarks/serving.py [MODEL_DIR] [--json FILE] [--rows N] [--quick]
+    python benchmarks/serving.py --json FILE --plot PNG
 
 On a GPU, without MODEL_DIR: a Qwen3 of 0.6B parameters with random weights in bfloat16, 64 prompts
 of 16 to 2048 tokens, 128 new tokens each. On the CPU: MODEL_DIR (such as SmolLM2), 16 prompts of 16
@@ -128,6 +129,9 @@ def ours(model: Any, prompts: list[list[int]], new: int, **options: Any) -> Resu
     generator = PagedBatchGenerator(
         model, completion_batch_size=len(prompts), keep_caches=False, **options
     )
+    mx.clear_cache()
+    gc.collect()
+    before = mx.get_active_memory()
     result = drain(generator, prompts, new)
     stats, store = generator.engine.stats, generator.engine.store
     assert store is not None
@@ -138,8 +142,19 @@ def ours(model: Any, prompts: list[list[int]], new: int, **options: Any) -> Resu
         "schedule_ms_per_step": round(1e3 * stats.scheduling / stats.steps, 3),
         "preemptions": generator.engine.preemptions,
         "reused_tokens": store.stats.reused,
+        "recorded_steps": store.cache.recorder.replayed,
+        "recorded_shapes": store.cache.recorder.recorded,
+        # What the peak is made of: weights (and whatever else was there), blocks, one step.
+        "before_gb": round(before / 1e9, 2),
+        "blocks_gb": round(sum(leaf.pool.pool.nbytes for leaf in _made(store)) / 1e9, 2),
     }
+    if store.cache.recorder.lacking is not None:
+        print(f"nothing is recorded: {store.cache.recorder.lacking}", file=sys.stderr)
     return result
+
+
+def _made(store: Any) -> list[Any]:
+    return [leaf for leaf in store.cache.leaves.values() if leaf.pool.made]
 
 
 def agreement(one: Result, other: Result) -> float:
@@ -178,14 +193,56 @@ def shared_prompt(model: Any, vocabulary: int, length: int, count: int) -> dict[
     return found
 
 
+def plot(report: dict[str, Any], file: Path) -> None:
+    """Bars for each contender: tokens per second, time to the first token, memory."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = report["results"]
+    labels = list(rows)
+    panels = {
+        "tokens/s (more is better)": [("tokens_per_second", "")],
+        "seconds to the first token": [("ttft_p50", "p50"), ("ttft_p99", "p99")],
+        "peak memory, GB": [("peak_gb", "")],
+    }
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(11, 3.4))
+    for axis, (title, bars) in zip(axes, panels.items(), strict=True):
+        width = 0.8 / len(bars)
+        for i, (key, name) in enumerate(bars):
+            places = [at + (i - (len(bars) - 1) / 2) * width for at in range(len(labels))]
+            drawn = axis.bar(places, [rows[label][key] for label in labels], width, label=name)
+            axis.bar_label(drawn, fontsize=8)
+        axis.set_title(title, fontsize=10)
+        axis.set_xticks(range(len(labels)), labels, fontsize=8)
+        axis.margins(y=0.15)
+        if len(bars) > 1:
+            axis.legend(fontsize=8)
+    figure.suptitle(
+        f"{report['model']}, {report['device']}: {report['requests']} requests, "
+        f"{report['prompt_tokens']:,} prompt tokens, {report['new_tokens_each']} new tokens each",
+        fontsize=9,
+    )
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", type=Path)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--no-single", action="store_true", help="leave out one by one, on the CPU")
+    parser.add_argument("--rows", type=int, default=2048, help="of a step (default: 2048)")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw what --json FILE holds")
     parser.add_argument("--quick", action="store_true", help="a smoke test, not a measurement")
     options = parser.parse_args()
+    if options.plot is not None:
+        if options.json is None:
+            parser.error("--plot draws what is in --json FILE")
+        plot(json.loads(options.json.read_text()), options.plot)
+        return 0
     on_gpu = mx.default_device() != mx.cpu
     if options.model is not None:
         original, _ = mlx_lm.load(str(options.model))
@@ -206,7 +263,7 @@ def main() -> int:
         for _ in range(count)
     ]
     contenders: dict[str, Callable[[], Result]] = {
-        "mlxrewrite": lambda: ours(rewritten, prompts, new),
+        "mlxrewrite": lambda: ours(rewritten, prompts, new, prefill_step_size=options.rows),
         "mlx_lm BatchGenerator": lambda: theirs(original, prompts, new),
     }
     if not on_gpu and not options.no_single:

@@ -46,6 +46,7 @@ FinishReason = Literal["stop", "length"]
 CLEAR_EVERY = 256  # steps
 ELASTIC_POSITIONS = 16384  # of a pool whose size nobody chose, if nothing needs more
 USUAL_TOKENS = 512  # of an answer
+LARGE_STEP = 256  # rows, more than those of requests that only continue
 UNKNOWN = -1  # stands for a token that only a prompt cache knows
 
 
@@ -392,11 +393,14 @@ class Engine:
             self._draft(self._drafter)
         following = self._launch(before)
         self._flight = following
-        if following is not None and (self._overlap or before is None):
+        early = before is None or (self._overlap and not _large(before, following))
+        if following is not None and early:
             mx.async_eval(following.arrays)  # type: ignore[no-untyped-call]
         if before is not None:
+            if not early:  # tokens of steps that sample nothing are not waited for elsewhere
+                self._wait(before)
             self._land(before, result)
-            if following is not None and not self._overlap:
+            if following is not None and not early:
                 mx.async_eval(following.arrays)  # type: ignore[no-untyped-call]
         for job, error in following.failed if following is not None else ():
             # Unless the step before has shown that the text ends, and this row was for nothing.
@@ -499,13 +503,20 @@ class Engine:
             failed += [(job, error) for error in of_job if error is not None][:1]
         return _Flight(parts, sampling, places, sampled, kept, chosen, arrays, failed)
 
+    def _wait(self, flight: _Flight) -> None:
+        """Until the device has done a step, whether it samples anything or not."""
+        began = time.perf_counter()
+        if self._overlap:
+            mx.eval(flight.arrays)
+        elif flight.tokens is None:
+            # Not by the pools: the next step's writes have replaced them in the meantime.
+            mx.synchronize()
+        self.stats.waited += time.perf_counter() - began
+
     def _land(self, flight: _Flight, result: Step) -> None:
-        """Wait for a step and take its tokens."""
+        """Wait for a step's tokens and take them."""
         began = time.perf_counter()
         if flight.tokens is None:
-            # Not by the pools: the next step's writes have replaced them in the meantime.
-            if not self._overlap:
-                mx.synchronize()
             values: list[int] = []
         else:
             values = flight.tokens.tolist()  # type: ignore[assignment]
@@ -811,6 +822,15 @@ def _ids(job: Prepared, start: int, stop: int) -> list[int]:
     prepared = job.request.prepared
     known = [] if prepared is None else prepared.ids[start:stop]
     return [*known, *job.tokens[start + len(known) : stop]]
+
+
+def _large(before: _Flight, following: _Flight | None) -> bool:
+    """Whether two steps would need much memory together: MLX allocates what a step computes when it
+    is launched, and gives it back as the device gets there. The device idles for a launch."""
+    if following is None:
+        return False
+    rows = [sum(part.count for _, part in flight.parts) for flight in (before, following)]
+    return min(rows) > LARGE_STEP
 
 
 def _require(length: int, capacity: int) -> None:

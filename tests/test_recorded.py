@@ -11,6 +11,7 @@ import pytest
 from lazy_kernels import lazy_kernels
 from mlx import nn
 from mlx_lm.sample_utils import make_sampler
+from mlxrewrite.runtime import engine as engine_module
 from mlxrewrite.runtime.cache import PagedCache
 from mlxrewrite.runtime.engine import Engine, Request
 from mlxrewrite.runtime.recorded import filled
@@ -227,3 +228,24 @@ def test_random_workloads():
     with lazy_kernels():
         for seed in range(900, 906):
             engine_workloads.run(seed, pairs)
+
+
+def test_two_large_steps_are_not_under_way_at_once():
+    """Chunks of prompts wait for each other; steps of single rows do not."""
+    _, model = make_pair("plain", 3)
+    log: list[str] = []
+    with lazy_kernels(), pytest.MonkeyPatch.context() as patch:
+        launch, land = mx.async_eval, Engine._land
+        patch.setattr(engine_module, "LARGE_STEP", 8)
+        patch.setattr(mx, "async_eval", lambda *a: (log.append("launch"), launch(*a)))
+        patch.setattr(Engine, "_land", lambda *a: (log.append("land"), land(*a))[1])
+        engine = Engine(model, block_size=4, num_blocks=60, max_rows=16)
+        prompt = [random.Random(5).randrange(97) for _ in range(64)]
+        name = engine.add(Request(prompt, max_tokens=8))
+        found = engine.run()[name]
+    # Four chunks, each launched when the one before has ended, and then single rows.
+    assert log[:9] == ["launch", "land"] * 3 + ["launch", "launch", "land"]
+    assert log[9:11] == ["launch", "land"]
+    plain = Engine(model, block_size=4, num_blocks=60)
+    name = plain.add(Request(prompt, max_tokens=8))
+    assert plain.run()[name] == found
