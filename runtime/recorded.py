@@ -132,6 +132,9 @@ class Recorder:
         """Look at what a step of single rows asked of its blocks, after it was built."""
         if self.lacking is not None or self._asked is not None or not policy.writes_in_place():
             return
+        if not isinstance(self._model, nn.Module):
+            self.lacking = "the model is no module, so that its weights are not known"
+            return
         asked = []
         for ragged in batch.ragged:
             if ragged is None or ragged.asked is None:

@@ -161,6 +161,23 @@ def test_states_and_sequences_of_their_own_run_as_before():
     assert got == generate(model)[0]
 
 
+def test_a_model_that_is_no_module_runs_as_before():
+    """Its weights would become constants."""
+    _, model = make_pair("plain", 3)
+
+    class Wrapper:
+        layers = model.layers
+
+        def __call__(self, *args: Any, **words: Any) -> Any:
+            return model(*args, **words)
+
+    with lazy_kernels():
+        got, engine = generate(Wrapper())
+    assert engine.store.cache.recorder.replayed == 0
+    assert "no module" in engine.store.cache.recorder.lacking
+    assert got == generate(model)[0]
+
+
 def test_rows_are_not_wanted_of_all():
     """Logits come in the order of the sequences, of those that are wanted."""
     _, model = make_pair("plain", 3)
