@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 
 import mlx.core as mx
 import numpy as np
@@ -198,9 +198,15 @@ class Query:
 
 
 def attention(
-    query: Query, pool: Pool, ragged: Ragged, route: policy.Route | None
+    query: Query,
+    pool: Pool,
+    ragged: Ragged,
+    route: policy.Route | None,
+    *,
+    arrays: bool = False,
 ) -> tuple[mx.array, Pool]:
-    """`ops.attention` on the routes that the policy assigns to the sequences."""
+    """`ops.attention` on the routes that the policy assigns to the sequences; arrays: the pool was
+    made for this call."""
     if query.scale < 0:  # kernels compare scores before they are scaled
         query = replace(query, queries=-query.queries, scale=-query.scale)
     layer, band = query.layer, query.band
@@ -210,9 +216,13 @@ def attention(
     )
     where = launch.active()
     if where != "runner":
-        prepare(layer, band is not None, where)
-    outputs, order = [], (*goes.decode, *goes.tiled, *goes.gathered)
-    for serve, sequences in ((_decode, goes.decode), (_tiled, goes.tiled)):
+        prepare(layer, band is not None, where, arrays)
+    outputs, order = [], (*goes.decode, *goes.few, *goes.tiled, *goes.gathered)
+    for serve, sequences in (
+        (_decode, goes.decode),
+        (partial(_tiled, few=True), goes.few),
+        (partial(_tiled, few=False), goes.tiled),
+    ):
         if sequences:
             out, pool = serve(query, pool, ragged, sequences)
             outputs.append(out)
@@ -265,11 +275,11 @@ def _decode(
 
 
 def _tiled(
-    query: Query, pool: Pool, ragged: Ragged, sequences: tuple[int, ...]
+    query: Query, pool: Pool, ragged: Ragged, sequences: tuple[int, ...], *, few: bool
 ) -> tuple[mx.array, Pool]:
     """Many rows at a time: the sequences' rows, [rows, Hq, Dv]."""
     layer, window, chunk, band = query.layer, query.window, query.chunk, query.band
-    whole = policy.many_spec(layer, banded=band is not None, partial=False)
+    whole = policy.many_spec(layer, banded=band is not None, partial=False, few=few)
     some = None if len(sequences) == ragged.num_sequences else sequences
 
     def make(step: Ragged) -> TiledPlan:
@@ -288,14 +298,19 @@ def _tiled(
             group=whole.group,
             row_tiles=whole.row_tiles,
             tile=whole.tile,
-            split=policy.split("tiled", whole.tile, keys, layer.kv_heads),
+            split=policy.split(
+                "tiled", whole.tile, keys, layer.kv_heads, alone=policy.alone(whole)
+            ),
         )
 
-    key = ("tiled", some, window, chunk, whole.row_tiles, whole.tile, whole.group, layer.kv_heads)
+    shape = (whole.row_tiles, whole.tile, whole.group, policy.alone(whole))
+    key = ("tiled", some, window, chunk, layer.kv_heads, shape)
     plan = ragged.ask(key, make)
     spans = ragged.ask(("spans", window, chunk), lambda step: row_spans(step, window, chunk))
     inputs = {**query.inputs(pool, ragged), "items": plan.items, "row_spans": spans}
-    spec = policy.many_spec(layer, banded=band is not None, partial=plan.row_items is not None)
+    spec = policy.many_spec(
+        layer, banded=band is not None, partial=plan.row_items is not None, few=few
+    )
     groups, threads = plan.num_items * layer.kv_heads, 32 * spec.simdgroups
     return _run(spec, inputs, query, pool, plan.num_parts, plan, groups, threads)
 
@@ -366,13 +381,15 @@ def _gathered(query: Query, pool: Pool, ragged: Ragged, sequence: int) -> tuple[
 
 
 @cache
-def prepare(layer: AttentionSpec, banded: bool, where: launch.Backend | None) -> None:
+def prepare(
+    layer: AttentionSpec, banded: bool, where: launch.Backend | None, arrays: bool = False
+) -> None:
     """Run every kernel that may serve a layer once, on two blocks, so that MLX compiles them now
     and none in mid-serving."""
     del where  # kernels are compiled for each back end
     if supports(layer) is not None:
         return
-    tokens = [_prepare(spec, layer) for spec in policy.kernels(layer, banded)]
+    tokens = [_prepare(spec, layer) for spec in policy.kernels(layer, banded, arrays)]
     mx.eval(tokens)
 
 

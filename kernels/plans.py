@@ -141,46 +141,45 @@ def tiled_plan(
     All rows of a sequence have equally many parts, since a row's query heads may be spread over
     two items; a part none of whose keys a row sees is merged with weight 0.
     """
-    starts = table_starts(ragged)
+    chosen = np.array(sequences)
+    length, end = np.array(ragged.query_lens)[chosen], np.array(ragged.context_lens)[chosen]
+    lowest = first_seen(end - length, window, chunk)
+    require_live(ragged, chosen, lowest)
+    base = lowest // tile * tile
+    tiles = (end - 1 - base) // tile + 1
+    parts = -(-tiles * tile // split)
+    per_part = -(-tiles // parts) * tile
+    parts = -(-tiles * tile // per_part)
+    outputs = parts * length  # of each sequence
     size = 16 * row_tiles
-    items, row_parts, outputs = [], [], 0
-    for i in sequences:
-        length, end = ragged.query_lens[i], ragged.context_lens[i]
-        positions = np.arange(end - length, end)
-        lows = first_seen(positions, window, chunk)
-        ragged.require_live(i, int(lows[0]))
-        base = int(lows[0]) // tile * tile
-        tiles = (end - 1 - base) // tile + 1
-        parts = -(-tiles * tile // split)
-        per_part = -(-tiles // parts) * tile
-        parts = -(-tiles * tile // per_part)
-        first = np.arange(0, length * group, size)
-        last = np.minimum(first + size, length * group)
-        for part in range(parts):
-            made = np.zeros((len(first), 8), np.int64)
-            made[:, 0] = ragged.starts[i]
-            made[:, 1], made[:, 2] = first, last
-            begin = base + part * per_part
-            made[:, 3] = np.maximum(lows[first // group], begin)
-            made[:, 4] = np.minimum(positions[(last - 1) // group], begin + per_part - 1)
-            none = made[:, 3] > made[:, 4]
-            made[none, 3], made[none, 4] = tile, -1
-            made[:, 5] = starts[i]
-            made[:, 6], made[:, 7] = outputs + part, parts
-            items.append(made)
-        row_parts += [parts] * length
-        outputs += parts * length
-    packed = np.concatenate(items).astype(np.int32)
+    pieces = -(-length * group // size)  # of the packed rows, each for every part
+    counts = parts * pieces
+    owner = np.repeat(np.arange(len(chosen)), counts)
+    index = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+    part, first = index // pieces[owner], index % pieces[owner] * size
+    last = np.minimum(first + size, (length * group)[owner])
+    begin, start = base[owner] + part * per_part[owner], (end - length)[owner]
+    low = np.maximum(first_seen(start + first // group, window, chunk), begin)
+    high = np.minimum(start + (last - 1) // group, begin + per_part[owner] - 1)
+    none = low > high
+    packed = np.zeros((len(owner), 8), np.int32)
+    packed[:, 0] = np.array(ragged.starts)[chosen][owner]
+    packed[:, 1], packed[:, 2] = first, last
+    packed[:, 3], packed[:, 4] = np.where(none, tile, low), np.where(none, -1, high)
+    packed[:, 5] = table_starts(ragged)[chosen][owner]
+    packed[:, 6] = (np.cumsum(outputs) - outputs)[owner] + part
+    packed[:, 7] = parts[owner]
     # The longest first: what is left for the end is short.
     packed = packed[np.argsort(packed[:, 3] - packed[:, 4], kind="stable")]
-    split_rows = outputs > len(row_parts)
+    row_parts, num_parts = np.repeat(parts, length), int(outputs.sum())
+    split_rows = num_parts > len(row_parts)
     if split_rows:
         packed = _filled(ragged, packed, np.array([0, 1, 1, tile, -1, 0, 0, 1], np.int32))
-        outputs = outputs if ragged.max_query_len > 1 else rounded(outputs)
+        num_parts = num_parts if ragged.max_query_len > 1 else rounded(num_parts)
     return TiledPlan(
         len(row_parts),
         len(packed),
-        outputs,
+        num_parts,
         mx.array(packed),
         packed_ends(np.cumsum(row_parts)) if split_rows else None,
     )

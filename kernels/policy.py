@@ -43,6 +43,10 @@ T = TypeVar("T")
 REGISTERS = {"cuda": 235, "metal": 120, "runner": 120}
 # Wider groups, wider heads and longer queries than these go to matrix units.
 DECODE_GROUP = 8
+# Packed rows (rows times query heads of a key head) up to which tiles of so few rows are enough,
+# and groups from which on single rows go there: tensor cores wait for memory even so.
+FEW_ROWS = {"cuda": 64, "metal": 0, "runner": 0}
+FEW_GROUP = {"cuda": 2, "metal": 1 << 30, "runner": 1 << 30}
 DECODE_WIDTH = 256
 DECODE_ROWS = 4
 # The same for pools of codes, which the kernel for many rows does not read: beyond, positions are
@@ -53,9 +57,11 @@ CODES_ROWS = 8
 CODES_VECTOR = 8
 # Rows from which on gathering a sequence's pages for MLX's own attention is worth it.
 GATHER_ROWS = 32
+# Rows times heads from which on that is so on CUDA too, where tiles lie in threadgroup memory.
+GATHER_WORK = 100_000
 # Threadgroups that fill a device, and the fewest keys worth a threadgroup of its own.
 THREADGROUPS = {"cuda": 264, "metal": 512, "runner": 1}
-LEAST_SPLIT = {"decode": 256, "tiled": 128}
+LEAST_SPLIT = {"decode": 256, "tiled": 256}
 
 
 def layout() -> Layout:
@@ -83,6 +89,7 @@ class Assignment:
     decode: tuple[int, ...]
     tiled: tuple[int, ...]
     gathered: tuple[int, ...]
+    few: tuple[int, ...] = ()
 
 
 def assign(
@@ -110,35 +117,40 @@ def assign(
         return Assignment(
             tuple(i for i in everyone if short[i]), (), tuple(i for i in everyone if not short[i])
         )
-    decode, tiled, gathered = [], [], []
+    decode, few, tiled, gathered = [], [], [], []
+    group = layer.query_heads // layer.kv_heads
     for i in everyone:
         length, context = ragged.query_lens[i], ragged.context_lens[i]
         if single and length < DECODE_ROWS:
             decode.append(i)
-        elif route is None and length >= GATHER_ROWS and _gathers(band, context, layer):
+        elif route is None and length >= GATHER_ROWS and _gathers(length, band, context, layer):
             gathered.append(i)
+        elif length * group <= FEW_ROWS[_where()]:
+            few.append(i)
         else:
             tiled.append(i)
-    return Assignment(tuple(decode), tuple(tiled), tuple(gathered))
+    return Assignment(tuple(decode), tuple(tiled), tuple(gathered), tuple(few))
 
 
 def _decodes(layer: AttentionSpec) -> bool:
     """Whether the kernel for single rows has room for what a key head's queries need."""
-    group = layer.query_heads // layer.kv_heads
-    return (
-        group <= (CODES_GROUP if layer.bits else DECODE_GROUP)
-        and max(layer.key_dim, layer.value_dim) <= DECODE_WIDTH
-    )
+    group, wide = layer.query_heads // layer.kv_heads, max(layer.key_dim, layer.value_dim)
+    if group > (CODES_GROUP if layer.bits else DECODE_GROUP) or wide > DECODE_WIDTH:
+        return False
+    if layer.bits or group < FEW_GROUP[_where()] or wide > 128:
+        return True
+    return staged_spec(layer, banded=False, partial=False, few=True) is None
 
 
-def _gathers(band: int | None, context: int, layer: AttentionSpec) -> bool:
+def _gathers(rows: int, band: int | None, context: int, layer: AttentionSpec) -> bool:
     """Whether MLX's attention over gathered pages is faster than the kernels. It has no soft caps
-    and works out what bands mask; on CUDA it is cuDNN's for heads of up to 128, else slow."""
+    and works out what bands mask; on CUDA it is cuDNN's for heads of up to 128, which is faster
+    where there is much to do, else slow."""
     if layer.softcap or (band is not None and 2 * band < context):
         return False
-    if _where() != "cuda" or staged_spec(layer, banded=False, partial=False) is None:
+    if _where() != "cuda" or staged_spec(layer, banded=False, partial=False, few=False) is None:
         return True
-    return 64 < layer.key_dim <= 128
+    return 64 < layer.key_dim <= 128 and rows * layer.query_heads >= GATHER_WORK
 
 
 # ------------------------------------------------------------------ kernels
@@ -235,13 +247,15 @@ THREADGROUP_MEMORY = {"cuda": 227 << 10, "metal": 32 << 10, "runner": 32 << 10}
 
 
 @_remembered
-def staged_spec(layer: AttentionSpec, *, banded: bool, partial: bool) -> StagedSpec | None:
-    """The kernel for many rows with tiles in threadgroup memory; None where they do not fit, or
-    matrix units do not take the type as it is."""
+def staged_spec(
+    layer: AttentionSpec, *, banded: bool, partial: bool, few: bool
+) -> StagedSpec | None:
+    """The kernel for many rows, or few (`FEW_ROWS`), with tiles in threadgroup memory; None where
+    they do not fit, or matrix units do not take the type as it is."""
     cuda = _where() == "cuda"
     if layer.dtype != layer.pool_dtype or (cuda and layer.dtype == "float32"):
         return None
-    for row_tiles, parts, tile, stages in _staged_shapes(layer):
+    for row_tiles, parts, tile, stages in _staged_shapes(layer, few):
         made = StagedSpec(
             dtype=layer.dtype,
             key_dim=layer.key_dim,
@@ -268,7 +282,7 @@ def staged_spec(layer: AttentionSpec, *, banded: bool, partial: bool) -> StagedS
     return None
 
 
-def _staged_shapes(layer: AttentionSpec) -> tuple[tuple[int, int, int, int], ...]:
+def _staged_shapes(layer: AttentionSpec, few: bool) -> tuple[tuple[int, int, int, int], ...]:
     """Row tiles, parts, keys of a turn and stages, the best first."""
     values, wide = layer.value_dim, max(layer.key_dim, layer.value_dim)
     if _where() != "cuda":
@@ -276,6 +290,8 @@ def _staged_shapes(layer: AttentionSpec) -> tuple[tuple[int, int, int, int], ...
         if values <= 64:
             return ((4, 1, 32, 1), (2, 1, 32, 1))
         return ((2, 2, 32, 1),) if values <= 128 and values % 32 == 0 else ()
+    if few and wide <= 128:
+        return ((4, 1, 64, 2),)
     if wide <= 64:
         return ((8, 1, 64, 2),)
     if wide <= 192 and values <= 128:
@@ -285,9 +301,11 @@ def _staged_shapes(layer: AttentionSpec) -> tuple[tuple[int, int, int, int], ...
     return ((4, 2, 64, 2), (4, 2, 32, 2)) if values % 128 == 0 else ()
 
 
-def many_spec(layer: AttentionSpec, *, banded: bool, partial: bool) -> StagedSpec | TiledSpec:
-    """The kernel for many rows."""
-    staged = staged_spec(layer, banded=banded, partial=partial)
+def many_spec(
+    layer: AttentionSpec, *, banded: bool, partial: bool, few: bool
+) -> StagedSpec | TiledSpec:
+    """The kernel for many rows, or few."""
+    staged = staged_spec(layer, banded=banded, partial=partial, few=few)
     return staged or tiled_spec(layer, banded=banded, partial=partial)
 
 
@@ -310,14 +328,21 @@ def split(
     groups_per_key: int,
     *,
     even: bool = True,
+    alone: bool = False,
 ) -> int:
     """Keys of one threadgroup, a power of two: enough threadgroups to fill the device, if there are
     so many keys. `keys` of all rows (or tiles of rows) together, each read by `groups_per_key`;
-    even: whether rows have about equally many, else smaller parts even out the work."""
-    wanted = keys * groups_per_key // THREADGROUPS[_where()]
+    even: whether rows have about equally many, else smaller parts even out the work; alone: whether
+    a threadgroup takes so much of a processor that no other fits (`alone`)."""
+    wanted = keys * groups_per_key // (THREADGROUPS[_where()] // (2 if alone else 1))
     wanted = wanted if even else wanted // 4
     least = max(tile, LEAST_SPLIT[kind])
     return max(least, 1 << max(0, wanted - 1).bit_length())
+
+
+def alone(spec: StagedSpec | TiledSpec) -> bool:
+    """Whether one threadgroup takes the registers of a processor."""
+    return _where() == "cuda" and isinstance(spec, StagedSpec) and spec.simdgroups >= 8
 
 
 @_remembered
@@ -402,19 +427,30 @@ def dequantize_spec(
     )
 
 
-def kernels(layer: AttentionSpec, banded: bool | None = None) -> tuple[KernelSpec, ...]:
+def kernels(
+    layer: AttentionSpec, banded: bool | None = None, arrays: bool = False
+) -> tuple[KernelSpec, ...]:
     """Every kernel that may serve a layer whose rows and pool have the types of `layer`; banded:
-    whether rows see a window or a chunk, None for both kinds."""
+    whether rows see a window or a chunk, None for both kinds; arrays: many rows over arrays, which
+    nothing is written to."""
     value_dim = None if layer.shared_values else layer.value_dim
     sizes = layer.pool_dtype, layer.kv_heads, layer.key_dim, value_dim
     block = layer.block_size * layer.kv_heads
     if layer.bits:
         return _codes_kernels(layer)
     bands = (False, True) if banded is None else (banded,)
+    many = dict.fromkeys(
+        many_spec(layer, banded=b, partial=p, few=f)
+        for b in bands
+        for p in (False, True)
+        for f in ((False, True) if FEW_ROWS[_where()] else (False,))
+    )
+    if arrays:
+        return (*many, reduce_spec(layer))
     return (
         write_spec(layer.dtype, *sizes),
         *(decode_spec(layer, p) for p in (False, True) if _decodes(layer)),
-        *(many_spec(layer, banded=b, partial=p) for b in bands for p in (False, True)),
+        *many,
         reduce_spec(layer),
         gather_spec(*sizes),
         copy_spec(layer.pool_dtype, block * layer.key_dim, value_dim and block * value_dim),
@@ -442,11 +478,22 @@ def _codes_kernels(layer: AttentionSpec) -> tuple[KernelSpec, ...]:
 
 # ------------------------------------------------------------------ latents
 
+
+def serves_arrays(layer: AttentionSpec) -> bool:
+    """Whether the kernels for pages are to serve keys and values that are arrays: where MLX's own
+    attention has no fused kernel, see `_gathers`."""
+    if _where() == "cuda" and supports(layer) is None:
+        return max(layer.key_dim, layer.value_dim) > 128 and not _gathers(1, None, 1, layer)
+    return False
+
+
 # Rows of one sequence in one step from which latent attention may make keys and values of its own:
 # fewer are not worth a run of their own beside the rows of other sequences.
 MATERIALISE_ROWS = 16
 # What they may take: beyond, the absorbed form reads the latents as they are.
 MATERIALISE_BYTES = 1 << 31
+# What a multiplication of theirs takes longer than one of the absorbed form, copies included.
+MATERIALISE_COST = {"cuda": 2.4, "metal": 1.0, "runner": 1.0}
 
 
 def materialise_latents(
@@ -462,4 +509,4 @@ def materialise_latents(
         return False
     absorbed = rows * 2 * rank * (content_dim + context)
     materialised = 2 * context * content_dim * (rank + rows)
-    return materialised < absorbed
+    return materialised * MATERIALISE_COST[_where()] < absorbed

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 import numpy as np
-from mlxrewrite.kernels import policy
+from mlxrewrite.kernels import arrays, policy
 from mlxrewrite.kernels.ops import Ragged
 from mlxrewrite.kernels.reference import first_seen
 
@@ -307,17 +307,31 @@ def _materialised(
     end = ragged.context_lens[sequence]
     low = first_seen(end - (stop - start), window, chunk)
     mine = queries.rows(start, stop)
-    content, rope = mine.content.transpose(2, 1, 0, 3), mine.rope.transpose(2, 1, 0, 3)
+    content, roped = mine.content, mine.rope.shape[-1] > 0
+    if roped:
+        content = mx.concatenate([content, mine.rope], axis=-1)
+    width = queries.up_values(mx.zeros((1, 1, 1, pool.rank), content.dtype)).shape[-1]
+    paged = policy.serves_arrays(arrays.layer_of(content, width, ragged.block_size))
+    if paged:  # whole blocks
+        low = low // ragged.block_size * ragged.block_size
     entries = pool.gather(ragged, sequence, low).astype(content.dtype)
+    if paged and (more := -entries.shape[2] % ragged.block_size):
+        entries = mx.pad(entries, [(0, 0), (0, 0), (0, more), (0, 0)])
     latents, rope_keys = entries[..., : pool.rank], entries[..., pool.rank :]
-    keys = queries.up_keys(latents, transpose=False)
-    if rope.shape[-1]:
-        spread = mx.broadcast_to(rope_keys, (*keys.shape[:3], rope.shape[-1]))
+    keys, values = queries.up_keys(latents, transpose=False), queries.up_values(latents)
+    if paged:  # position by position, else head by head
+        keys, values, rope_keys = (x.transpose(2, 1, 0, 3) for x in (keys, values, rope_keys))
+    if roped:
+        spread = mx.broadcast_to(rope_keys, (*keys.shape[:3], rope_keys.shape[-1]))
         keys = mx.concatenate([keys, spread], axis=-1)
-        content = mx.concatenate([content, rope], axis=-1)
+    if paged:
+        step = arrays.blocks_from(ragged, sequence, low // ragged.block_size)
+        return arrays.attention(
+            content, keys[:, :, 0], values[:, :, 0], step, scale=scale, window=window, chunk=chunk
+        )
     plain = first_seen(end - 1, window, chunk) == low
     mask: mx.array | str = "causal" if plain else ragged.seen(sequence, low, window, chunk)
     out = mx.fast.scaled_dot_product_attention(
-        content, keys, queries.up_values(latents), scale=scale, mask=mask
+        content.transpose(2, 1, 0, 3), keys, values, scale=scale, mask=mask
     )
     return out.transpose(2, 1, 0, 3)

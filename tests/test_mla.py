@@ -218,6 +218,25 @@ def test_a_model_on_the_text_of_the_kernels(monkeypatch, name):
     assert {name.split("_")[0] for name in used} == {"decode", "staged", "write", "gather"}
 
 
+def test_keys_and_values_of_a_sequence_go_to_the_kernels_for_pages(monkeypatch):
+    """Where MLX has no fused attention for them (CUDA, wide heads): made position by position."""
+    config = json.loads((CONFIGS / "deepseek_v3.json").read_text())
+    config |= {"kv_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32}
+    config |= {"v_head_dim": 32, "num_hidden_layers": 2}
+    served = []
+
+    def serves(layer):
+        served.append(layer)
+        return True
+
+    monkeypatch.setattr(policy, "serves_arrays", serves)
+    monkeypatch.setattr(policy, "materialise_latents", lambda *_, **__: True)
+    with launch.backend("runner"):
+        report = verify(config, block_size=8)
+    assert report.passed, report.text()
+    assert served and {(layer.key_dim, layer.value_dim) for layer in served} == {(48, 32)}
+
+
 def pair(name: str):
     config = json.loads((CONFIGS / f"{name}.json").read_text())
     made = []
