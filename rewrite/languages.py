@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 
-from .ir import ClassFacts, Contract, Diagnostic, Match, Method, Refusal, Value, Verdict
+from .ir import ClassFacts, Contract, Diagnostic, Match, Method, Place, Refusal, Value, Verdict
 from .match import callee_name, is_none_test, place
 from .program import Program
 
@@ -96,6 +96,7 @@ def language_reasons(
             name = match.class_name.rsplit(".", 1)[-1]
             message = f"`{name}` ({match.kind}) has no kernel for mlx_vlm's caches"
             reasons.append(Diagnostic("cache-class", message, where))
+    reasons += _paged_inside(program, kernels, judgements, where)
     found = program.method(entry, "__call__")
     if found is None:
         return [*reasons, Diagnostic("no-entry", f"`{entry.name}` has no forward method", where)]
@@ -121,6 +122,25 @@ def language_reasons(
                         handed=frozenset() if owner.module == _ROPES else handed,
                     )
     return reasons
+
+
+def _paged_inside(
+    program: Program,
+    matches: Iterable[Match],
+    judgements: Mapping[str, Match | Refusal],
+    where: Place,
+) -> Iterator[Diagnostic]:
+    """What runs once per sequence, over original caches, has no class inside that pages them."""
+    for match in matches:
+        cls = program.class_of(match.class_name)
+        if cls is None or all(site.rule != "per_sequence" for site in match.sites):
+            continue
+        for name in program.reachable(cls):
+            inner = judgements.get(name)
+            if name != match.class_name and isinstance(inner, Match):
+                short, part = (n.rsplit(".", 1)[-1] for n in (match.class_name, name))
+                message = f"`{short}` runs once per sequence and `{part}` inside it on rows"
+                yield Diagnostic("sibling", message, where)
 
 
 # What the runtime keeps with each sequence (`Contract.state`), what only remembers results by a

@@ -221,3 +221,10 @@ def test_state_in_a_container_of_the_model_is_refused(tmp_path):
     done = compiled(tmp_path, text)
     assert done.emitted.plan.route == "refused"
     assert done.emitted.code is None
+
+
+def test_a_mixer_that_runs_once_per_sequence_holds_none_that_pages():
+    package = locate("mlx_vlm.models").package
+    plan = Compiler(package).compile("mlx_vlm.models.glm_moe_dsa.language").emitted.plan
+    assert plan.route == "model"
+    assert any("inside it on rows" in note.message for note in plan.notes)
