@@ -52,7 +52,7 @@ def error(model_path: str, target: Path, tokens: int, count: int, answers: int) 
         model.set_dtype(mx.float32)
         mx.eval(model.parameters())
     read = texts(tokenizer, tokens, count)
-    prompts = [text[:64] for text in texts(tokenizer, 64, PROMPTS)]
+    prompts = texts(tokenizer, 64, PROMPTS if answers else 0)
     exact = [upstream_logits(original, text, None, 64) for text in read]
     wanted = [upstream_greedy(original, text, answers, None, 64)[0] for text in prompts]
     made: dict[str, Any] = {
@@ -70,11 +70,13 @@ def error(model_path: str, target: Path, tokens: int, count: int, answers: int) 
         ):
             found = [whole(model, text, bits, group) for text in read]
             row = {"bits": bits, "group": group, "who": who, **compared(found, exact, read)}
-            spoken = [greedy(model, text, answers, bits, group) for text in prompts]
-            same = [_agreed(mine[0], theirs) for mine, theirs in zip(spoken, wanted, strict=True)]
-            row["greedy_same"] = sum(same) / (answers * len(same))
-            row["greedy_whole"] = sum(one == answers for one in same)
-            row["seconds_per_token"] = float(np.median([s for _, taken in spoken for s in taken]))
+            if answers:
+                spoken = [greedy(model, text, answers, bits, group) for text in prompts]
+                same = [
+                    _agreed(mine, theirs) for (mine, _), theirs in zip(spoken, wanted, strict=True)
+                ]
+                row["greedy_same"] = sum(same) / (answers * len(same))
+                row["seconds_per_token"] = float(np.median([s for _, took in spoken for s in took]))
             row["bytes_per_token"] = sizes[bits, group]
             made["rows"].append(row)
             target.write_text(json.dumps(made, indent=1) + "\n")
@@ -309,8 +311,8 @@ def report(source: Path) -> None:
             print(
                 f"| {kind} | {group} | {r['who']} | {r['bytes_per_token']:.0f} | "
                 f"{r['perplexity']:.3f} | {r['kl']:.1e} | {100 * r['top_same']:.1f} % | "
-                f"{100 * r['logits_apart']:.2f} % | {100 * r['greedy_same']:.0f} % | "
-                f"{1e3 * r['seconds_per_token']:.1f} |"
+                f"{100 * r['logits_apart']:.2f} % | {100 * r.get('greedy_same', np.nan):.0f} % | "
+                f"{1e3 * r.get('seconds_per_token', np.nan):.1f} |"
             )
         return
     print(f"MLX {made['mlx']}, {made['device']}; elementwise copy {made['copy_gbs']:.0f} GB/s.\n")
@@ -335,7 +337,7 @@ def main() -> None:
     one.add_argument("target", type=Path)
     one.add_argument("--tokens", type=int, default=1024, help="of a text")
     one.add_argument("--texts", type=int, default=2)
-    one.add_argument("--answers", type=int, default=48, help="tokens of a greedy answer")
+    one.add_argument("--answers", type=int, default=48, help="tokens of a greedy answer; 0: none")
     two = commands.add_parser("decode")
     two.add_argument("target", type=Path)
     two.add_argument("--quick", action="store_true", help="one kind of heads only")
