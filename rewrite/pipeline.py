@@ -229,6 +229,17 @@ class Compiler:
         program, judgements = self.judged(module)
         return self.proofs.prove(module, self._plan(module, program, judgements), judgements)
 
+    def language_proof(self, name: str) -> Proof | None:
+        """The proof of a language model inside a larger one; None if it has no rows to prove.
+
+        Routes do not depend on it yet: what is not proved there is the kinds' word.
+        """
+        module = self.load(name)
+        planned = self.plan(module) if module is not None else None
+        if module is None or planned is None or planned.route in ("none", "model", "refused"):
+            return None
+        return self.proofs.prove(module, planned, self.judged(module)[1], self.package.entry)
+
     @cached_property
     def proofs(self) -> Proofs:
         def planned(name: str) -> Plan | None:

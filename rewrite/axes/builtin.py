@@ -148,6 +148,8 @@ class Builtins(Attributes, Operators):
         names = {c.name.rpartition(".")[2] for c in parts(cls) if isinstance(c, Library)}
         if isinstance(cls, Library):
             names.add(cls.name.rpartition(".")[2])
+        if value == Opaque("mask") and names == {"array"}:
+            return Known(False)  # a recognised mixer asks: elsewhere the question is refused
         classes = list(parts(cls)) if isinstance(cls, Tuple) else [cls]
         python = all(isinstance(c, Library) and c.name.count(".") == 1 for c in classes)
         if value == Opaque("cache") and not python:

@@ -19,6 +19,7 @@ from .domain import (
 )
 from .names import Names
 
+ROPES = "mlx_vlm.models.rope_utils"
 _CONFIGS = ("mlx_lm.models.base.BaseModelArgs", "mlx_vlm.models.base.BaseModelConfig")
 
 
@@ -61,7 +62,14 @@ class Classes(Names):
                         return owner, statement.value
         return None
 
+    def rope(self) -> Instance:
+        """A rope of mlx_vlm, of whatever sort the config asks for."""
+        self.assume("a rope that takes the largest position of a batch runs once per sequence")
+        return Instance(None, {}, "RoPE", self.depth, self.forward)
+
     def instantiate(self, cls: ClassValue, args: Sequence[Value], more: dict[str, Value]) -> Value:
+        if cls.qualified == f"{ROPES}.SuScaledRoPE":
+            return self.rope()
         lineage = self.lineage(cls)
         names = [c.name for c in lineage if isinstance(c, Library)]
         if any(isinstance(c, ClassValue) and c.qualified in _CONFIGS for c in lineage):

@@ -19,6 +19,7 @@ from .domain import (
     ClassValue,
     Constant,
     Dead,
+    Instance,
     Opaque,
     Refused,
     Tuple,
@@ -67,6 +68,8 @@ class Interpreter(Statements, Expressions, Calls):
     def check_logits(self, out: Value) -> None:
         for one in options(out):
             first = one.items[0] if isinstance(one, Tuple) and one.items else one
+            if isinstance(one, Instance):
+                first = one.attributes.get("logits", one)
             logits = array(first)
             axes = logits.axes or ()
             good = len(axes) == 3 and axes[0][:1] and axes[0][0].kind in ("rows", "wanted")

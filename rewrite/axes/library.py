@@ -57,6 +57,8 @@ _READING = (
     "children", "filter_and_map", "items", "keys", "leaf_modules", "modules", "named_modules",
     "parameters", "state", "trainable_parameters", "values",
 )  # fmt: skip
+_OUTPUT = "mlx_vlm.models.base.LanguageModelOutput"
+_KEY_COUNT = "mlx_vlm.models.base.kv_sequence_length"
 _PASSED = ("functools.wraps", "copy.copy", "copy.deepcopy", "functools.lru_cache")
 _NO_ARRAYS = ("finfo", "iinfo", "distributed", "metal", "default_device", "fast", "issubdtype")
 
@@ -74,10 +76,15 @@ class LibraryCalls(Builtins):
             return self.call_builtin(name.removeprefix("builtins."), args, more)
         if name.startswith("mlxrewrite."):
             return self.call_site(name, args, more)
+        if name == _OUTPUT:
+            held = dict(zip(("logits", "hidden_states"), args, strict=False)) | more
+            return Instance(None, held, "", self.depth, self.forward)
+        if name == _KEY_COUNT and args and args[0] == Opaque("handle"):
+            return Opaque("number of keys")
         if name in ("functools.partial",):
             return Partial(args[0], tuple(args[1:]), tuple(more.items()))
         if name in _PASSED:
-            return args[0]
+            return args[0] if args and not isinstance(args[0], Known) else callee
         if any(map(is_live, (*args, *more.values()))):
             raise Refused("unknown-operation", f"`{name}` has no rule")
         return CONSTANT

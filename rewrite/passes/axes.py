@@ -35,13 +35,20 @@ class Proofs:
     texts: dict[str, Text | None] = field(default_factory=dict)
 
     def prove(
-        self, module: ModuleFacts, plan: Plan, judgements: Mapping[str, Match | Refusal]
+        self,
+        module: ModuleFacts,
+        plan: Plan,
+        judgements: Mapping[str, Match | Refusal],
+        entry: str = "Model",
     ) -> Proof:
+        """In a language model of mlx_vlm (another `entry`) recognised mixers ask for masks, which
+        they get for several tokens only: their kind says that both answers mean the same."""
         name = REWRITTEN + module.source.module
         self.texts[name] = self._rewritten(module, plan)
-        claims = {c: m.kind for c, m in judgements.items() if isinstance(m, Match)}
+        behind = REWRITTEN if entry != "Model" else ""
+        claims = {behind + c: m.kind for c, m in judgements.items() if isinstance(m, Match)}
         interpreter = Interpreter(World(self._read, self.texts), claims)
-        failure = interpreter.prove(name, "Model")
+        failure = interpreter.prove(name, entry)
         assumptions = tuple(Assumption(a.text, a.place) for a in interpreter.assumptions)
         return Proof(_diagnostic(failure) if failure is not None else None, assumptions)
 
