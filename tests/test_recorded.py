@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+from pathlib import Path
 from typing import Any
 
 import engine_workloads
@@ -14,10 +16,12 @@ from mlx_lm.sample_utils import make_sampler
 from mlxrewrite.runtime import engine as engine_module
 from mlxrewrite.runtime.cache import PagedCache
 from mlxrewrite.runtime.engine import Engine, Request
+from mlxrewrite.runtime.load import rewritten_module
 from mlxrewrite.runtime.recorded import filled
+from mlxrewrite.runtime.weights import randomise
 from runtime_models.pairs import make_pair
 
-PROMPTS = [[random.Random(i).randrange(97) for _ in range(3 + 4 * i)] for i in range(7)]
+PROMPTS = [[random.Random(i).randrange(60) for _ in range(3 + 4 * i)] for i in range(7)]
 
 
 def generate(model: Any, *, record: bool = True, **options: Any) -> tuple[dict, Engine]:
@@ -41,6 +45,20 @@ def test_the_same_tokens_as_without(name):
     assert recorder.lacking is None
     assert recorder.replayed > engine.stats.steps // 2
     assert got == wanted == generate(model)[0]
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_rewritten_files_are_recorded(name):
+    """Experts, sinks beside windows."""
+    config = json.loads((Path(__file__).parent / f"configs/{name}.json").read_text())
+    module = rewritten_module(config)
+    model = module.Model(module.ModelArgs.from_dict(config))
+    randomise(model, 1)
+    with lazy_kernels():
+        wanted, _ = generate(model, record=False)
+        got, engine = generate(model)
+    assert engine.store.cache.recorder.replayed
+    assert got == wanted
 
 
 def test_python_of_the_model_does_not_run():
