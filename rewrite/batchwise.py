@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from .ir import Value
+from .ir import Method, ModuleFacts, Value
 from .match import Mixer, callee_name, every_value
+from .softmax import number
 from .states import Reach
 
 _REDUCTIONS = frozenset(
@@ -21,7 +22,17 @@ _REDUCTIONS = frozenset(
     }
 )
 _TO_PYTHON = frozenset({"item", "tolist"})
-_MOVES = {"mlx.core.flatten": 1, "mlx.core.roll": 2}  # where their axis stands
+# Where the axes stand of what moves, joins or picks entries; without one it is the first, or all.
+_MOVES = {
+    **{f"mlx.core.{name}": 1 for name in ("concatenate", "stack", "expand_dims", "split")},
+    **{f"mlx.core.{name}": 2 for name in ("roll", "repeat", "take", "take_along_axis", "tile")},
+    **{"mlx.core.flatten": 1, "mlx.core.put_along_axis": 3},
+}
+_DECORATING = (
+    *("mlx.core", "functools", "builtins.property"),
+    *("builtins.staticmethod", "builtins.classmethod"),
+)
+_TURNS = frozenset({"transpose", "swapaxes", "moveaxis"})
 
 
 def joins_sequences(mixer: Mixer) -> Value | None:
@@ -31,9 +42,18 @@ def joins_sequences(mixer: Mixer) -> Value | None:
     own |= {id(method) for cls in file.classes.values() for method in cls.methods.values()}
     for method in Reach(mixer).methods:
         values = list(every_value(method))
-        joining = next((v for v in values if v.op == "call" and _joins(mixer, v)), None)
+        calls = (v for v in values if v.op == "call")
+        joining = next((v for v in calls if _joins(mixer, v) or _turns(mixer, v)), None)
+        if joining is None and id(method) in own and _wrapped(file, method):
+            joining = next(iter(values), None)
         if joining is None and id(method) in own:
             joining = _counting(values)
+            if joining is None and len(method.params) > (_this(method) is not None):
+                picks = (v for v in values if _picks_sequences(mixer, v))
+                joining = next((v for v in picks if _holds_rows(v.args[0], method)), None)
+                # What a function inside the method does is not looked into.
+                inner = (v for v in values if any(part.op == "closure" for part in v.args))
+                joining = joining or next(inner, None)
         if joining is not None:
             return joining
     return None
@@ -73,6 +93,82 @@ def _counts_sequences(value: Value) -> bool:
         and (part.data == 0 or (part.op == "index" and part.args[1].data == 0))
         for part in value.args
     )
+
+
+def _wrapped(file: ModuleFacts, method: Method) -> bool:
+    """A decorator of the file's own, or of somebody else's, may do anything with what is given."""
+    for decorator in method.function.decorators:
+        stack = [decorator]
+        while stack:
+            expr = stack.pop()
+            stack.extend(expr.args)
+            if expr.op != "name":
+                continue
+            bound = file.names.get(expr.data)
+            name = bound.data if bound is not None else f"builtins.{expr.data}"
+            if not str(name).startswith(_DECORATING):
+                return True
+    return False
+
+
+def _picks_sequences(mixer: Mixer, value: Value) -> bool:
+    """`x[-1:]`, `x[::-1]`, `x[0, 1]`: entries along the first axis; `x[None]` and `x.T` move it."""
+    if value.op == "attr":
+        return bool(value.data == "T")
+    if value.op != "index" or mixer.is_cache(value.args[0]):
+        return False
+    base, key = value.args
+    if base.op == "attr" and base.data == "shape":
+        return False
+    first = key.args[0] if key.op == "tuple" and key.args else key
+    if first.op == "slice":
+        return any(part.op != "const" or part.data is not None for part in first.args)
+    if first.op == "const":
+        # One number alone may be an item of a tuple.
+        return first.data is None or (key.op == "tuple" and first.data is not Ellipsis)
+    return key.op == "tuple"
+
+
+def _holds_rows(value: Value, method: Method) -> bool:
+    """Something of single sequences may be in it: not in shapes, nor in what the mixer itself
+    holds."""
+    this = _this(method)
+    stack = [value]
+    while stack:
+        current = stack.pop()
+        if current.op == "attr" and current.data in ("shape", "ndim", "dtype"):
+            continue
+        if current.op in ("param", "closure", "unknown") and current is not this:
+            return True
+        stack.extend(current.args)
+    return False
+
+
+def _this(method: Method) -> Value | None:
+    """The mixer itself, as a method knows it."""
+    bound = method.owner is not None and not method.function.decorators
+    return method.params[0] if bound and method.params else None
+
+
+def _turns(mixer: Mixer, call: Value) -> bool:
+    """The first axis goes elsewhere."""
+    callee = call.args[0]
+    name = callee_name(mixer.program, call)
+    if name is not None:
+        module, _, function = name.rpartition(".")
+        axes = call.args[2:]
+        if module != "mlx.core" or function not in _TURNS:
+            return False
+    elif callee.op == "attr" and callee.data in _TURNS:
+        function, axes = callee.data, call.args[1:]
+    else:
+        return False
+    if len(axes) == 1 and axes[0].op in ("tuple", "list"):
+        axes = axes[0].args
+    numbers = [number(axis) for axis in axes]
+    if function == "transpose":
+        return numbers[:1] != [0]
+    return 0 in numbers or None in numbers
 
 
 def _joins(mixer: Mixer, call: Value) -> bool:

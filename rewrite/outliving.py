@@ -272,16 +272,35 @@ def _computed_once(
         plain = all(t.op in ("attr", "name") for t in _targets(node))
         if plain and attributes and not again and not given & _read(node.value):
             found.add(id(node))
+    apart: set[int] = set()  # what only decides whether to keep
     for node in nodes:
         if isinstance(node, If) and any(id(part) in found for part in node.body):
             quiet = all(
-                isinstance(part, Assign)
-                and not any(given & set(_names(target)) for target in part.targets)
+                isinstance(part, Assign) and all(t.op == "attr" for t in part.targets)
                 for part in node.body
             )
-            if not quiet:
+            if quiet and not node.orelse:
+                apart |= set(map(id, _below(node.test)))
+            else:
                 found -= {id(part) for part in node.body}
+    for node in nodes:
+        if isinstance(node, Assign) and id(node) in found and _told(nodes, node, apart):
+            found.discard(id(node))
     return found
+
+
+def _told(nodes: list[object], kept: Assign, apart: set[int]) -> bool:
+    """Something else tells whether an attribute has been kept before."""
+    names = {target.data for target in _targets(kept) if target.op == "attr"}
+    own = set(map(id, _below(kept)))
+    for node in nodes:
+        if not isinstance(node, Expr) or id(node) in apart or id(node) in own:
+            continue
+        if node.op in ("const", "string") and node.data in names:
+            return True
+        if node.op == "attr" and node.data in names and node.span.start < kept.span.start:
+            return True
+    return False
 
 
 def _read(expr: Expr) -> set[str]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from .ir import Value
-from .match import library_call, live, method_call, same
+from .match import is_none_test, library_call, live, method_call, same
 from .program import Program
 
 
@@ -25,6 +25,15 @@ class Spelled:
     rescale: tuple[str, Value] | None  # "*" or "/" and what scores are scaled by after the product
     softcap: Value | None
     mask: Value | None
+    added: bool  # the mask, without a look at its type: upstream, a boolean one hides nothing
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Masking:
+    """A mask applied to scores: chosen by, or added."""
+
+    mask: Value
+    added: bool
 
 
 def spelled_attention(
@@ -43,8 +52,8 @@ def spelled_attention(
     softmax = library_call(program, weights, "mlx.core.softmax")
     if not softmax:
         return None
-    scores, masks = _unmasked(program, _uncast(softmax[0]))
-    if len({id(mask) for mask in masks}) > 1:
+    scores, maskings = _unmasked(program, _uncast(softmax[0]))
+    if len({id(one.mask) for one in maskings}) > 1:
         return None
     scores, softcap = _uncapped(program, scores)
     scores, rescale = _unscaled(_uncast(scores))
@@ -60,7 +69,7 @@ def spelled_attention(
     queries, scale = raw_queries, None
     if raw_queries.op == "binary" and raw_queries.data == "*":
         queries, scale = raw_queries.args
-    mask = masks[0] if masks else None
+    mask = maskings[0].mask if maskings else None
     return Spelled(
         product,
         queries,
@@ -73,6 +82,7 @@ def spelled_attention(
         rescale,
         softcap,
         mask,
+        any(one.added for one in maskings),
     )
 
 
@@ -148,30 +158,58 @@ def _ungrouped_queries(value: Value) -> Value:
     return value
 
 
-def _unmasked(program: Program, value: Value) -> tuple[Value, list[Value]]:
+def _unmasked(program: Program, value: Value) -> tuple[Value, list[_Masking]]:
     """Scores before a mask was applied, and the parameters that were the mask."""
     if value.op == "phi":
-        arms = [_unmasked(program, part) for part in value.args[1:]]
-        if arms[0][0] is arms[1][0]:
-            return arms[0][0], _distinct([*arms[0][1], *arms[1][1]])
-        return value, []
+        return _unmasked_branch(program, value)
     chosen = library_call(program, value, "mlx.core.where")
-    if chosen and len(chosen) == 3:
+    if chosen and len(chosen) == 3 and is_lowest(program, chosen[2]):
         mask = _mask_parameter(chosen[0])
         if mask is not None:
             scores, others = _unmasked(program, chosen[1])
-            return scores, _distinct([*others, mask])
+            return scores, [*others, _Masking(mask, False)]
     if value.op == "binary" and value.data == "+":
         for scores, other in (value.args, value.args[::-1]):
             mask = _mask_parameter(other)
             if mask is not None and other is not scores:
                 inner, others = _unmasked(program, scores)
-                return inner, _distinct([*others, mask])
+                return inner, [*others, _Masking(mask, True)]
     return value, []
 
 
-def _distinct(values: list[Value]) -> list[Value]:
-    return list({id(value): value for value in values}.values())
+def _unmasked_branch(program: Program, value: Value) -> tuple[Value, list[_Masking]]:
+    """Of a branch: it may only ask whether there is a mask, and of which type it is."""
+    test, *ways = value.args
+    if test.op == "const":
+        return _unmasked(program, ways[0] if test.data else ways[1])
+    (one, first), (two, second) = (_unmasked(program, way) for way in ways)
+    if one is not two:
+        return value, []
+    none = is_none_test(test)
+    if none is not None:
+        present, absent = (second, first) if none[1] else (first, second)
+        if not absent and all(none[0] is found.mask for found in present):
+            return one, present
+    boolean = _boolean_test(program, test)
+    if boolean is not None:
+        chosen, added = (first, second) if boolean[1] else (second, first)
+        masks = [found.mask for found in (*chosen, *added)]
+        sorted_out = all(not c.added for c in chosen) and all(a.added for a in added)
+        if chosen and sorted_out and all(_mask_parameter(boolean[0]) is m for m in masks):
+            return one, chosen
+    return value, []
+
+
+def _boolean_test(program: Program, test: Value) -> tuple[Value, bool] | None:
+    """`m.dtype == mx.bool_` gives (m, True), `!=` (m, False)."""
+    if test.op != "compare" or len(test.data) != 1 or test.data[0] not in ("==", "!="):
+        return None
+    left, right = test.args
+    if left.op != "attr" or left.data != "dtype" or right.op != "global":
+        return None
+    if program.resolve(right.data) != "mlx.core.bool_":
+        return None
+    return left.args[0], test.data[0] == "=="
 
 
 def _mask_parameter(value: Value) -> Value | None:

@@ -8,7 +8,18 @@ from functools import cache
 
 import pytest
 from mutation.corpus import config_names, config_of, mutants, sample
-from mutation.judge import BUG, INVALID, KEPT, LOUD, MODEL, REFUSED, SILENT, Judge, Verdict
+from mutation.judge import (
+    BUG,
+    INVALID,
+    KEPT,
+    LOUD,
+    MODEL,
+    REFUSED,
+    SILENT,
+    UNSTEADY,
+    Judge,
+    Verdict,
+)
 from mutation.operators import all_operators
 from mutation.report import Row, summary
 from mutation.source import File
@@ -146,3 +157,21 @@ def test_one_cache_for_all_layers_is_refused():
 
 def test_a_method_defined_twice_is_refused():
     never_wrong("exaone", "overridden-twice", REFUSED)
+
+
+def test_a_first_call_that_differs_is_refused():
+    never_wrong("cohere2", "counter-on-self-used-once", REFUSED)
+
+
+def test_a_mask_that_a_false_test_leaves_out_is_not_applied():
+    never_wrong("gemma2", "slip-test-false", KEPT, MODEL)
+
+
+def test_a_mixer_that_picks_a_sequence_of_the_batch_runs_alone():
+    file = File("gear", library().text("gear"))
+    found = [m for m in mutants(library(), "gear", ("batch-last-index",)) if m.number == 9]
+    assert judge("gear").of(found[0].texts(file)).outcome == KEPT
+
+
+def test_what_one_rounding_of_a_weight_does_is_no_difference():
+    never_wrong("bailing_moe_linear", "residual-multiplied", KEPT, UNSTEADY)

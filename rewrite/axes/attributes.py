@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from ..ir import Expr
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ..ir import Assign, Expr, If
 from .classes import Classes
 from .domain import (
     CONSTANT,
@@ -36,7 +39,6 @@ from .domain import (
     feature,
     is_live,
     join,
-    options,
 )
 from .rules import RULES
 from .terms import termed
@@ -140,8 +142,9 @@ class Attributes(Classes):
         return Count(held, ("sizes", tuple(f.size for f in rest)), exact=len(rest) == 1)
 
     def instance_attribute(self, base: Instance, name: str) -> Value:
-        if self.forward and not base.forward:
-            self.reads.add((id(base), name))
+        self.consulted(base, name)
+        if name == "__dict__" and self.forward and not base.forward:
+            raise Refused("state-on-self", "the attributes of a layer as a dictionary")
         found = base.attributes.get(name)
         if found is not None:
             return self.held(base, name, found)
@@ -210,35 +213,66 @@ class Attributes(Classes):
         elif self.forward:
             raise Refused("state-on-self", f"`.{name}` of something shared is set")
 
+    @contextmanager
+    def reading_apart(self, names: frozenset[str]) -> Iterator[set[tuple[int, str]]]:
+        """While an expression of this very frame is evaluated: what it reads of the names."""
+        found: set[tuple[int, str]] = set()
+        self.apart.append((len(self.frames), names, found))
+        try:
+            yield found
+        finally:
+            self.apart.pop()
+
     def store_on_model(self, base: Instance, name: str, value: Value, expr: Expr | None) -> None:
-        """What the forward keeps on the model must be the same whenever it is kept."""
+        """What the forward keeps on the model must be the same whenever it is kept, and nothing
+        may tell whether it has been kept before: the first call would differ from later ones."""
         old = base.attributes.get(name, NONE)
         if is_live(value):
             raise Refused(
                 "state-on-self", f"`.{name}` keeps what tokens hold for the next call", "a cache"
             )
-        again = (id(base), name) in self.reads
-        number = any(isinstance(v, (Known, Constant)) for v in options(value))
-        first = not number and any(_mentions(test, name) for test in self.tests)
-        if again and not first and not (expr is not None and _settles(expr, name)):
-            raise Refused("state-on-self", f"`.{name}` changes from call to call", "a cache")
+        key, here = (id(base), name), self.here()
+        places = self.kept.setdefault(key, set())
+        settles = expr is not None and mentions(expr, name) and _settles(expr)
+        if here not in places:
+            if key in self.reads:
+                raise Refused("state-on-self", f"`.{name}` is read before it is kept", "a cache")
+            if key in self.own_reads and not settles:
+                raise Refused("state-on-self", f"`.{name}` changes from call to call", "a cache")
+            if places and not settles:
+                raise Refused("state-on-self", f"`.{name}` is kept in several places", "a cache")
+        places.add(here)
         self.assume(f"`.{name}` is computed from the weights alone and kept on the model")
         base.attributes[name] = join(old, value) if old != NONE else value
         self.memo.clear()
 
 
-def _mentions(expr: Expr, name: str) -> bool:
-    if expr.op in ("attr", "const") and expr.data == name:
+def mentions(expr: Expr, name: str) -> bool:
+    if expr.op in ("attr", "const", "string") and expr.data == name:
         return True
-    return any(_mentions(part, name) for part in expr.args)
+    return any(mentions(part, name) for part in expr.args)
 
 
-def _settles(expr: Expr, name: str) -> bool:
+def only_keeps(statement: If) -> frozenset[str]:
+    """The attributes that a branch without another sets, if it does nothing else."""
+    names: set[str] = set()
+    for part in statement.body:
+        if not isinstance(part, Assign) or part.value is None or len(part.targets) != 1:
+            return frozenset()
+        if part.targets[0].op != "attr" or part.targets[0].data in names:
+            return frozenset()
+        names.add(part.targets[0].data)
+    return frozenset() if statement.orelse or _binds(statement.test) else frozenset(names)
+
+
+def _binds(expr: Expr) -> bool:
+    return expr.op == "walrus" or any(map(_binds, expr.args))
+
+
+def _settles(expr: Expr) -> bool:
     """Applied twice it does what it does once: a cast or a clip of the attribute itself."""
-    if expr.op != "call":
-        return not _mentions(expr, name)
-    callee = expr.args[0]
-    if callee.op == "attr" and callee.data in ("astype", "clip"):
+    callee = expr.args[0] if expr.op == "call" else None
+    if callee is not None and callee.op == "attr" and callee.data in ("astype", "clip"):
         inside = [callee.args[0], *expr.args[1:]]
         return all(part.op in ("attr", "name", "const", "unary") for part in inside)
     return False

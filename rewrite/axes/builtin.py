@@ -162,6 +162,9 @@ class Builtins(Attributes, Operators):
     def _hasattr(self, value: Value, name: Value) -> Value:
         if isinstance(value, Opaque):
             return Known(self.cache_has(name))
+        for one in options(value):
+            if isinstance(one, Instance) and isinstance(name, Known):
+                self.consulted(one, str(name.value))
         return CONSTANT
 
     def cache_has(self, name: Value) -> bool:
@@ -175,8 +178,8 @@ class Builtins(Attributes, Operators):
             if is_live(value):
                 raise Refused("unknown-operation", "an attribute whose name is computed")
             return CONSTANT
-        if isinstance(value, Instance) and self.forward and not value.forward:
-            self.reads.add((id(value), name.value))
+        if isinstance(value, Instance):
+            self.consulted(value, name.value)
         if isinstance(value, Opaque) and default != UNDEFINED and not self.cache_has(name):
             return default
         if isinstance(value, Instance) and value.cls is not None and default != UNDEFINED:

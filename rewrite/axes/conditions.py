@@ -132,6 +132,7 @@ class Conditions(Containers):
             if all(isinstance(v, Known) for v in known):
                 return Known((left in known) == wanted)
         if isinstance(right, Instance) and isinstance(left, Known):
+            self.consulted(right, str(left.value))
             if left.value not in right.attributes:
                 return Known(not wanted)
         if isinstance(right, Known) and isinstance(right.value, str) and isinstance(left, Known):

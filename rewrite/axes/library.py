@@ -303,6 +303,7 @@ class LibraryCalls(Builtins):
             return self.call_layer(layer, args, more)
         if method == "get":
             key = args[0].value if args and isinstance(args[0], Known) else None
+            self.consulted(layer, str(key))
             return layer.attributes.get(str(key), choice((NONE, PARAMETER)))
         if any(map(is_live, (*args, *more.values()))):
             raise Refused("unknown-operation", f"nn.{layer.layer}.{method} has no rule")

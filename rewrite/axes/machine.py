@@ -18,6 +18,7 @@ from .domain import (
     ClassValue,
     CountTest,
     Dead,
+    Instance,
     Items,
     Library,
     Refused,
@@ -82,9 +83,12 @@ class Machine(ABC):
         self.unmemoised = 0
         self.assumed: dict[Any, bool] = {}
         self.assumptions: dict[Assumption, None] = {}
-        self.reads: set[tuple[int, str]] = set()
+        self.reads: set[tuple[int, str]] = set()  # of attributes, where they may show
+        self.own_reads: set[tuple[int, str]] = set()  # by what is kept under the same name
+        self.kept: dict[tuple[int, str], set[Any]] = {}  # by the forward, and where
+        # Frames, names, and reads of these that show nowhere else.
+        self.apart: list[tuple[int, frozenset[str], set[tuple[int, str]]]] = []
         self.operations: set[str] = set()
-        self.tests: list[Expr] = []  # of the branches control is in
         self.tying = False  # under a branch that only ties a cache's keys to other results
         self.added: list[tuple[Items, Value, int]] | None = None  # in a loop over tokens
 
@@ -98,6 +102,20 @@ class Machine(ABC):
     def here(self) -> Any:
         frame = self.frames[-1]
         return (frame.scope.module, frame.where)
+
+    def consulted(self, base: Instance, name: str) -> None:
+        """An attribute of the model is read, or asked for, by the forward.
+
+        What a test reads whose branch does nothing but keep it shows nowhere else, nor what an
+        attribute's own new value is made from.
+        """
+        if not self.forward or base.forward:
+            return
+        for depth, names, found in self.apart:
+            if depth == len(self.frames) and name in names:
+                found.add((id(base), name))
+                return
+        self.reads.add((id(base), name))
 
     def assume(self, text: str) -> None:
         place = None

@@ -20,9 +20,11 @@ from ..ir import (
     Stmt,
     While,
 )
+from .attributes import mentions, only_keeps
 from .domain import (
     CONSTANT,
     NONE,
+    UNDEFINED,
     Array,
     Choice,
     ClassValue,
@@ -60,7 +62,7 @@ class Statements(Loops, Subscripts, Operators):
         match statement:
             case Assign(targets=targets, value=expr):
                 if expr is not None:
-                    value = self.value(expr)
+                    value = self.kept_value(targets, expr)
                     for target in targets:
                         self.assign(target, value, expr)
             case AugAssign():
@@ -96,6 +98,18 @@ class Statements(Loops, Subscripts, Operators):
                 return self.simple(statement)
         return False
 
+    def kept_value(self, targets: Sequence[Expr], expr: Expr) -> Value:
+        """What is assigned; what an attribute's own new value reads of it is told apart."""
+        one = targets[0] if len(targets) == 1 else None
+        if one is None or one.op != "attr" or not self.forward or not mentions(expr, one.data):
+            return self.value(expr)
+        with self.reading_apart(frozenset((one.data,))) as found:
+            value = self.value(expr)
+        mine = set(map(id, options(self.value(one.args[0]))))
+        self.own_reads |= {key for key in found if key[0] in mine}
+        self.reads |= {key for key in found if key[0] not in mine}
+        return value
+
     def local_import(self, statement: Import) -> None:
         text = self.world.text(self.frame.scope.module)
         assert text is not None
@@ -121,10 +135,24 @@ class Statements(Loops, Subscripts, Operators):
             case "match" if self.forward:
                 self.frame.where = statement.span
                 raise Refused("unknown-operation", "a match statement")
+            case "del" if self.forward:
+                for part in statement.args:
+                    self.forget(part)
             case "assert":
                 for part in statement.args[:1]:
                     self.value(part)
         return False
+
+    def forget(self, target: Expr) -> None:
+        """`del`: of names only; what else it takes away may outlive the call."""
+        if target.op in ("tuple", "list"):
+            for part in target.args:
+                self.forget(part)
+        elif target.op == "name":
+            self.assign(target, UNDEFINED, None)
+        else:
+            self.at(target)
+            raise Refused("state-on-self", "something is taken away by the forward pass")
 
     def assign(self, target: Expr, value: Value, expr: Expr | None) -> None:
         match target.op:
@@ -214,7 +242,8 @@ class Statements(Loops, Subscripts, Operators):
 
     def branch(self, statement: If) -> bool:
         tying, self.tying = self.tying, _only_ties(statement)
-        test = self.value(statement.test)
+        with self.reading_apart(only_keeps(statement)):
+            test = self.value(statement.test)
         self.tying = tying
         self.frame.where = statement.test.span
         known = self.truth(test)
@@ -222,18 +251,13 @@ class Statements(Loops, Subscripts, Operators):
         before = scope.names
         if known is not None:
             scope.names = self.narrowed(statement.test, known, before)
-            self.tests.append(statement.test)
-            ended = self.block(statement.body if known else statement.orelse)
-            self.tests.pop()
-            return ended
+            return self.block(statement.body if known else statement.orelse)
         ends: list[dict[str, Value]] = []
         self.depth += 1
-        self.tests.append(statement.test)
         for held, body in ((True, statement.body), (False, statement.orelse)):
             scope.names = self.narrowed(statement.test, held, before)
             if not self.block(body):
                 ends.append(scope.names)
-        self.tests.pop()
         self.depth -= 1
         if not ends:
             scope.names = before

@@ -65,6 +65,7 @@ class Subscripts(Attributes, Containers):
                 raise Refused("cache-use", f"entries of a {kind} are read")
             case Instance():
                 if isinstance(key, Known) and isinstance(key.value, str):
+                    self.consulted(base, key.value)
                     found = base.attributes.get(key.value, PARAMETER)
                     return self.held(base, key.value, found)
                 return CONSTANT

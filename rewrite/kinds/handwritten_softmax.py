@@ -13,7 +13,7 @@ from __future__ import annotations
 from ..attention import Sites, attend_sites, attention_match, fetched_flow
 from ..edits import names_before, replace, site_comment, spell
 from ..ir import Edit, Match, Method, Miss, Site, Span, Value
-from ..match import Flow, Mixer, arguments, every_value, live
+from ..match import ATTENTION_MASK, Flow, Mixer, arguments, callee_name, every_value, live
 from ..softmax import Spelled, spelled_attention
 from . import Counter, Example
 
@@ -26,7 +26,7 @@ def match(mixer: Mixer) -> Match | Miss:
     if mixer.state_stores or mixer.cache_reads():
         return Miss(NAME, 1, "caches are only fetched from")
     parts: list[Sites] = []
-    written = 0
+    written, added = 0, False
     for method in mixer.methods:
         inline = _inline(mixer, method)
         called = _called(mixer, method)
@@ -41,19 +41,34 @@ def match(mixer: Mixer) -> Match | Miss:
                 return made
             parts.append(made)
             written += 1
+            added |= inline.added
         for call, spelled in called:
             made = _replace_call(mixer, method, call, spelled)
             if isinstance(made, Miss):
                 return made
             parts.append(made)
             written += 1
+            added |= spelled.added
         here = attend_sites(mixer, method, found, NAME)
         if isinstance(here, Miss):
             return here
         parts.append(here)
     if not written:
         return Miss(NAME, 1, "a softmax of products with fetched keys")
+    if added and _boolean_masks(mixer):
+        return Miss(NAME, 2, "only a mask of numbers is added to scores")
     return attention_match(mixer, NAME, parts)
+
+
+def _boolean_masks(mixer: Mixer) -> bool:
+    """The file makes masks as arrays, which are boolean: added, they hide nothing."""
+    file = mixer.program.modules[mixer.cls.module]
+    methods = [m for cls in file.classes.values() for m in cls.methods.values()]
+    return any(
+        callee_name(mixer.program, effect.value) in ATTENTION_MASK and len(effect.value.args) > 3
+        for method in (*methods, *file.functions.values())
+        for effect in method.calls()
+    )
 
 
 def _inline(mixer: Mixer, method: Method) -> Spelled | None:

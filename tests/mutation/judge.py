@@ -23,16 +23,19 @@ from .worlds import Library, Original, Rewritten
 
 BLOCK = 4
 TOLERANCE = 1e-4  # of the spread of the logits
+ROUNDING = 6e-8  # of float32, to the nearest
+SMALL = 1e-2  # of the spread; more than that is no rounding, whatever the weights do
 SECONDS = 60  # of processor time for one mutant, all runs together
 
 KEPT = "kept"  # token-major, equal to the changed original
 MODEL = "whole model"  # refused token-major; runs once per sequence, and is equal
 REFUSED = "refused"  # no output at all
 LOUD = "loud"  # the rewritten model raises
+UNSTEADY = "unsteady"  # different by less than one rounding of the original's weights makes
 INVALID = "invalid"  # the changed original means nothing: it raises, or gives NaN
 SILENT = "SILENT"  # different, and nobody said so
 BUG = "bug"  # the compiler itself failed
-OUTCOMES = (KEPT, MODEL, REFUSED, LOUD, INVALID, SILENT, BUG)
+OUTCOMES = (KEPT, MODEL, REFUSED, LOUD, UNSTEADY, INVALID, SILENT, BUG)
 
 
 @dataclass(frozen=True)
@@ -136,10 +139,33 @@ class Judge:
         if delta <= TOLERANCE:
             outcome = MODEL if plan.route == "model" else KEPT
             return Verdict(outcome, plan.route, reason, delta, effect)
+        if delta <= SMALL and delta <= self._rounding(original, weights, theirs, spread):
+            return Verdict(UNSTEADY, plan.route, reason, delta, effect)
         stepwise = self._stepwise(original, weights, theirs, spread)
         return Verdict(SILENT, plan.route, reason, delta, effect, stepwise)
 
     # ------------------------------------------------------------------ details
+
+    def _rounding(
+        self,
+        original: Original,
+        weights: dict[str, mx.array],
+        theirs: list[np.ndarray],
+        spread: float,
+    ) -> float:
+        """What the changed original's logits change by if each weight is rounded up or down once,
+        the smallest of a few choices: below that, no two ways to compute it can be told apart."""
+        found = []
+        for choice in range(3):
+            mx.random.seed(choice)
+            near = {
+                name: w * (1 + ROUNDING * mx.random.randint(0, 2, w.shape).astype(w.dtype) * 2)
+                if w.dtype == mx.float32
+                else w
+                for name, w in weights.items()
+            }
+            found.append(_delta(theirs, self._original(original, near, stepwise=False), spread))
+        return min(found)
 
     def _model(self, module: ModuleType) -> Any:
         # `from_dict` may change the dict.
