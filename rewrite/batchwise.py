@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from .ir import Method, ModuleFacts, Value
+from .ir import Assign, Expr, Method, ModuleFacts, Value
 from .match import Mixer, callee_name, every_value
+from .outliving import below
 from .softmax import number
 from .states import Reach
 
@@ -28,11 +29,15 @@ _MOVES = {
     **{f"mlx.core.{name}": 2 for name in ("roll", "repeat", "take", "take_along_axis", "tile")},
     **{"mlx.core.flatten": 1, "mlx.core.put_along_axis": 3},
 }
+_TURNS = frozenset({"transpose", "swapaxes", "moveaxis"})
+_ALONG = frozenset(
+    {name.rpartition(".")[2] for name in _MOVES}
+    | {*_REDUCTIONS, *_TURNS, "squeeze", "einsum", "len", "matmul", "tensordot", "vmap"}
+)
 _DECORATING = (
     *("mlx.core", "functools", "builtins.property"),
     *("builtins.staticmethod", "builtins.classmethod"),
 )
-_TURNS = frozenset({"transpose", "swapaxes", "moveaxis"})
 
 
 def joins_sequences(mixer: Mixer) -> Value | None:
@@ -50,9 +55,8 @@ def joins_sequences(mixer: Mixer) -> Value | None:
             joining = _counting(values)
             if joining is None and len(method.params) > (_this(method) is not None):
                 picks = (v for v in values if _picks_sequences(mixer, v))
-                joining = next((v for v in picks if _holds_rows(v.args[0], method)), None)
-                # What a function inside the method does is not looked into.
-                inner = (v for v in values if any(part.op == "closure" for part in v.args))
+                joining = next((v for v in picks if _holds_rows(mixer, v.args[0], method)), None)
+                inner = (v for v in values if any(map(_may_join, v.args)))
                 joining = joining or next(inner, None)
         if joining is not None:
             return joining
@@ -129,7 +133,42 @@ def _picks_sequences(mixer: Mixer, value: Value) -> bool:
     return key.op == "tuple"
 
 
-def _holds_rows(value: Value, method: Method) -> bool:
+def _may_join(value: Value) -> bool:
+    """A function inside the method that picks, counts or reduces, along the first axis or an
+    axis that is not a number."""
+    if value.op != "closure":
+        return False
+    for part in below(value.data):
+        if isinstance(part, Assign) and part.value is not None and _is_shape(part.value):
+            return True
+        if not isinstance(part, Expr):
+            continue
+        if part.op == "subscript" and not (_is_shape(part.args[0]) and part.args[1].op == "slice"):
+            return True
+        if part.op == "attr" and part.data in ("T", "at", *_TO_PYTHON):
+            return True
+        if part.op == "call" and part.args[0].op in ("attr", "name"):
+            if part.args[0].data in _ALONG and not _other_axes(part):
+                return True
+    return False
+
+
+def _is_shape(expr: Expr) -> bool:
+    return bool(expr.op == "attr" and expr.data == "shape")
+
+
+def _other_axes(call: Expr) -> bool:
+    """The numbers among the arguments, at least one, are no first axis."""
+    numbers = [
+        part.data
+        for given in call.args[1:]
+        for part in below(given)
+        if isinstance(part, Expr) and part.op == "const" and isinstance(part.data, int)
+    ]
+    return bool(numbers) and 0 not in numbers
+
+
+def _holds_rows(mixer: Mixer, value: Value, method: Method) -> bool:
     """Something of single sequences may be in it: not in shapes, nor in what the mixer itself
     holds."""
     this = _this(method)
@@ -137,6 +176,8 @@ def _holds_rows(value: Value, method: Method) -> bool:
     while stack:
         current = stack.pop()
         if current.op == "attr" and current.data in ("shape", "ndim", "dtype"):
+            continue
+        if current.op == "call" and callee_name(mixer.program, current) == "mlx.core.arange":
             continue
         if current.op in ("param", "closure", "unknown") and current is not this:
             return True

@@ -264,7 +264,7 @@ def _computed_once(
         attributes = {t.data for t in _targets(node) if t.op == "attr"}
         again = any(
             isinstance(part, Expr) and part.op in ("attr", "const") and part.data in attributes
-            for part in _below(node.value)
+            for part in below(node.value)
         )
         callee = node.value.args[0] if node.value.op == "call" else None
         if callee is not None and callee.op == "attr" and callee.data == "clip":
@@ -280,7 +280,7 @@ def _computed_once(
                 for part in node.body
             )
             if quiet and not node.orelse:
-                apart |= set(map(id, _below(node.test)))
+                apart |= set(map(id, below(node.test)))
             else:
                 found -= {id(part) for part in node.body}
     for node in nodes:
@@ -292,7 +292,7 @@ def _computed_once(
 def _told(nodes: list[object], kept: Assign, apart: set[int]) -> bool:
     """Something else tells whether an attribute has been kept before."""
     names = {target.data for target in _targets(kept) if target.op == "attr"}
-    own = set(map(id, _below(kept)))
+    own = set(map(id, below(kept)))
     for node in nodes:
         if not isinstance(node, Expr) or id(node) in apart or id(node) in own:
             continue
@@ -304,10 +304,10 @@ def _told(nodes: list[object], kept: Assign, apart: set[int]) -> bool:
 
 
 def _read(expr: Expr) -> set[str]:
-    return {e.data for e in _below(expr) if isinstance(e, Expr) and e.op == "name"}
+    return {e.data for e in below(expr) if isinstance(e, Expr) and e.op == "name"}
 
 
-def _below(node: object) -> Iterator[object]:
+def below(node: object) -> Iterator[object]:
     stack = [node]
     while stack:
         current = stack.pop()

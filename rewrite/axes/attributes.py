@@ -235,7 +235,7 @@ class Attributes(Classes):
         places = self.kept.setdefault(key, set())
         settles = expr is not None and mentions(expr, name) and _settles(expr)
         if here not in places:
-            if key in self.reads:
+            if key in self.reads or (id(base), "*") in self.reads:
                 raise Refused("state-on-self", f"`.{name}` is read before it is kept", "a cache")
             if key in self.own_reads and not settles:
                 raise Refused("state-on-self", f"`.{name}` changes from call to call", "a cache")

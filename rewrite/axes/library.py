@@ -309,6 +309,10 @@ class LibraryCalls(Builtins):
             raise Refused("unknown-operation", f"nn.{layer.layer}.{method} has no rule")
         if self.forward and method not in _READING:
             raise Refused("state-on-self", f"`.{method}` of a layer may change it")
+        if self.forward and not layer.forward:
+            self.reads.add((id(layer), "*"))
+            if any(kept[0] == id(layer) for kept in self.kept):
+                raise Refused("state-on-self", "whether an attribute is kept already shows")
         return CONSTANT
 
 

@@ -154,7 +154,7 @@ class Judge:
         spread: float,
     ) -> float:
         """What the changed original's logits change by if each weight is rounded up or down once,
-        the smallest of a few choices: below that, no two ways to compute it can be told apart."""
+        the most of a few choices: below that, no two ways to compute it can be told apart."""
         found = []
         for choice in range(3):
             mx.random.seed(choice)
@@ -165,7 +165,7 @@ class Judge:
                 for name, w in weights.items()
             }
             found.append(_delta(theirs, self._original(original, near, stepwise=False), spread))
-        return min(found)
+        return max(found)
 
     def _model(self, module: ModuleType) -> Any:
         # `from_dict` may change the dict.
