@@ -175,3 +175,11 @@ def test_a_mixer_that_picks_a_sequence_of_the_batch_runs_alone():
 
 def test_what_one_rounding_of_a_weight_does_is_no_difference():
     never_wrong("bailing_moe_linear", "residual-multiplied", KEPT, UNSTEADY)
+
+
+def test_a_decorator_inside_a_mixer_may_join_sequences():
+    never_wrong("qwen3_next", "decorator-batch", KEPT, MODEL, REFUSED)
+
+
+def test_the_name_of_a_caches_class_is_not_asked():
+    never_wrong("starcoder2", "read-isinstance-before", MODEL, REFUSED)

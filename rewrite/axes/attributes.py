@@ -74,6 +74,8 @@ class Attributes(Classes):
                     return Array(((ROWS,),), tag=("start",))
                 if name in ("keys", "values"):
                     return Opaque("pages")  # what mx.depends ties to the end of a pipeline
+                if name.startswith("__"):
+                    raise Refused("cache-use", f"`.{name}` of a cache: a paged one has another")
                 if name == "start_position":
                     return Opaque("first position kept")
                 return Library(f"opaque.{name}", base)
