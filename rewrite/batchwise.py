@@ -27,7 +27,7 @@ _TO_PYTHON = frozenset({"item", "tolist"})
 _MOVES = {
     **{f"mlx.core.{name}": 1 for name in ("concatenate", "stack", "expand_dims", "split")},
     **{f"mlx.core.{name}": 2 for name in ("roll", "repeat", "take", "take_along_axis", "tile")},
-    **{"mlx.core.flatten": 1, "mlx.core.put_along_axis": 3},
+    **{"mlx.core.flatten": 1, "mlx.core.put_along_axis": 3, "mlx.core.linalg.norm": 2},
 }
 _TURNS = frozenset({"transpose", "swapaxes", "moveaxis"})
 _ALONG = frozenset(
