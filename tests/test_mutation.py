@@ -188,4 +188,4 @@ def test_the_name_of_a_caches_class_is_not_asked():
 def test_a_norm_without_an_axis_joins_sequences():
     file = File("rwkv7", library().text("rwkv7"))
     found = [m for m in mutants(library(), "rwkv7", ("slip-keyword",)) if m.number == 2]
-    assert judge("rwkv7").of(found[0].texts(file)).outcome in (KEPT, MODEL)
+    assert judge("rwkv7").of(found[0].texts(file)).outcome in (KEPT, MODEL, LOUD)
