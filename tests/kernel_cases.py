@@ -204,6 +204,31 @@ def run(made: Made, route: ops.Route | None = None) -> tuple[mx.array, Pool]:
     )
 
 
+def as_written(made: Made, pool: Pool) -> Made:
+    """With this step's rows as the pool's codes hold them.
+
+    A value half-way between two codes gets the one or the other as a device rounds its division. In
+    bfloat16 that is common, and for 4 bits it is more than attention may be off.
+    """
+    case, size = made.case, made.case.block_size
+    found = []
+    wholes = (made.whole_keys, case.key_dim), (made.whole_values, case.value_dim)
+    for store, (whole, width) in zip((pool.keys, pool.values), wholes, strict=True):
+        packing, words, held = case.packing(width), np.array(store), []
+        for i, (rows, context) in enumerate(zip(case.query_lens, case.context_lens, strict=True)):
+            table, gone = made.ragged.tables[i], made.ragged.dropped[i]
+            written = np.stack(
+                [
+                    words[table[position // size - gone], packing.index(size)[position % size]]
+                    for position in range(context - rows, context)
+                ]
+            )
+            values = decoded(packing, mx.array(written))
+            held.append(np.concatenate([whole[i][: context - rows], values]))
+        found.append(held)
+    return replace(made, whole_keys=found[0], whole_values=found[1])
+
+
 def error(out: mx.array, want: np.ndarray) -> float:
     got = np.array(out.astype(mx.float32)).astype(np.float64)
     assert got.shape == want.shape, (got.shape, want.shape)
