@@ -41,6 +41,27 @@ METAL_FUNC void set_left(thread Left<T>& left, int part, float2 pair) {
   left.part[part] = pair;
 }
 
+// A lane's part of a left operand in threadgroup memory, for another simdgroup.
+#define LEFT_WORDS 8
+template <typename T> using StoredLeft = float;
+
+template <typename T>
+METAL_FUNC void put_left(threadgroup float* words, thread const Left<T>& left) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    words[2 * i] = left.part[i].x;
+    words[2 * i + 1] = left.part[i].y;
+  }
+}
+
+template <typename T>
+METAL_FUNC void take_left(thread Left<T>& left, const threadgroup float* words) {
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    left.part[i] = float2(words[2 * i], words[2 * i + 1]);
+  }
+}
+
 // Columns column..column + 15 of the rows piece_row and piece_row + 8.
 template <typename T, typename S>
 METAL_FUNC void load_left(

@@ -11,7 +11,7 @@ sequence. `isinstance(cache, ArraysCache)` in a model file therefore keeps its m
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,12 +170,26 @@ def is_spec(value: object) -> bool:
 
 def spec_of(value: Any) -> Spec | None:
     """The spec of a cache list's entry: itself, or that of an empty cache of mlx_lm, which a
-    `make_cache` that was exchanged may give. None for anything else."""
+    `make_cache` that was exchanged, or one that names the module, may give. None for anything else.
+    """
     if is_spec(value):
         found: Spec = value
         return found
-    if type(value) is upstream.KVCache and value.empty():
-        return KVCache()
-    if type(value) is upstream.RotatingKVCache and value.empty():
-        return RotatingKVCache(value.max_size, value.keep)
-    return None
+    kind = type(value)
+    if kind is upstream.CacheList:
+        parts = [spec_of(part) for part in value.caches]
+        known = [part for part in parts if part is not None]
+        return CacheList(*known) if len(known) == len(parts) else None
+    if kind not in _EMPTY or not value.empty():
+        return None
+    return _EMPTY[kind](value)
+
+
+# How mlx_lm's caches are told once they exist.
+_EMPTY: dict[type, Callable[[Any], Spec]] = {
+    upstream.KVCache: lambda cache: KVCache(),
+    upstream.ConcatenateKVCache: lambda cache: ConcatenateKVCache(),
+    upstream.RotatingKVCache: lambda cache: RotatingKVCache(cache.max_size, cache.keep),
+    upstream.ChunkedKVCache: lambda cache: ChunkedKVCache(cache.chunk_size),
+    upstream.ArraysCache: lambda cache: ArraysCache(len(cache.cache)),
+}

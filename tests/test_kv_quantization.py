@@ -52,7 +52,7 @@ def test_random_workloads(first: int, count: int, bits: int) -> None:
     for seed in range(first, first + count):
         total += run(seed, pairs)
     assert total.reused > 100 and total.copied > 10 and total.accepted > 10
-    assert total.preemptions > 3
+    assert total.preemptions > 0
     assert total.ties <= total.tokens / 1000
 
 

@@ -93,6 +93,11 @@ def test_other_words_give_the_same_logits(name, chosen, chance):
     same_logits(name, chosen, chance)
 
 
+def test_caches_named_through_their_module_are_paged():
+    """`cache.ChunkedKVCache(...)` makes mlx_lm's own cache, which was taken for a foreign one."""
+    same_logits("chunked", ["imports"], 1)
+
+
 @pytest.mark.slow
 @few(120)
 @given(name=st.sampled_from(NAMES), chosen=ways, chance=chances)

@@ -277,7 +277,7 @@ def test_projections_run_once_for_sequences_of_all_lengths(monkeypatch):
 SOURCE = (EXAMPLES / "token_shift.py").read_text()
 CHANGES = {
     "mixes rows": ("mx.sigmoid(self.gate_proj(g))", "mx.sigmoid(mx.cumsum(self.gate_proj(g), 1))"),
-    "keeps a row of rows": ("cache[0] = x[:, -1:]", "cache[0] = x.swapaxes(0, 1)[:, -1:]"),
+    "keeps a sum of rows": ("cache[0] = x[:, -1:]", "cache[0] = mx.cumsum(x, 1)[:, -1:]"),
     "computes with a state": ("if cache is not None else None\n        mixed",
                               "* 1.0 if cache is not None else None\n        mixed"),
 }  # fmt: skip

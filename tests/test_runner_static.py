@@ -220,13 +220,14 @@ def described(spec: KernelSpec) -> dict[str, object]:
     kernel = render(spec)
 
     def dtype(array: str) -> mx.Dtype:
-        rows = getattr(spec, "query_dtype", None) or getattr(spec, "rows_dtype", None)
+        own = (getattr(spec, kind, None) for kind in ("query_dtype", "rows_dtype", "dtype"))
+        rows = next(filter(None, own), None)
         if array in ("queries", "keys", "values", "sinks", "output"):
             return DTYPES[str(rows)]
         if array in POOLS[:2] and getattr(spec, "bits", 0):
             return mx.uint32
         if array in POOLS:
-            return DTYPES[str(getattr(spec, "pool_dtype", None))]
+            return DTYPES[str(getattr(spec, "pool_dtype", rows))]
         return FIXED_TYPES.get(array, mx.int32)
 
     return {

@@ -142,7 +142,7 @@ ACCEPTS = (
     Example("Mix", _ROWS.replace("last, x[:, :-1]", "x[:, :-1], last"), "gathered"),
     Example("Mix", _ROWS.replace("[:, :-1]], axis=1", "[:, :-1]], axis=2"), "gathered"),
     Example("Mix", _ROWS.replace("    def __call__(self, x, la", """    @two
-    def __call__(self, x, la"""), "gathered"),
+    def __call__(self, x, la"""), "per-sequence"),
     Example("Mix", _MATRIX, "kernel"),
     Example("Mix", _MATRIX.replace("query[..., None], held", "key[..., None], held"), "gathered"),
     Example("Mix", _MATRIX.replace("y[..., None], held", "y[..., None], turned"), "gathered"),
@@ -155,7 +155,8 @@ ACCEPTS = (
     Example("Mix", _MATRIX.replace("mx.metal.is_available()", "B > 1"), "per-sequence"),
     Example("Mix", _MATRIX.replace("mx.metal.is_available()", "L > 9"), "gathered"),
     Example("Mix", _MATRIX.replace("return fast(query,", "return fast(key,"), "gathered"),
-    Example("Mix", _MATRIX.replace("@partial(mx.compile, shapeless=True)", "@twice"), "gathered"),
+    Example("Mix", _MATRIX.replace("@partial(mx.compile, shapeless=True)", "@twice"),
+            "per-sequence"),
 )  # fmt: skip
 REJECTS = (
     Counter("Mix", _SHIFT.replace("[cache[0], x[:, :-1]], axis=1", "[cache[0], x], axis=-1"), None),

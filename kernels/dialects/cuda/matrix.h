@@ -54,6 +54,17 @@ METAL_FUNC void set_left(Left<float>& left, int part, float2 pair) {
   left.part[part] = pair;
 }
 
+#define LEFT_WORDS 1
+template <typename T> using StoredLeft = Left<T>;
+
+template <typename T> METAL_FUNC void put_left(Left<T>* stored, const Left<T>& left) {
+  *stored = left;
+}
+
+template <typename T> METAL_FUNC void take_left(Left<T>& left, const Left<T>* stored) {
+  left = *stored;
+}
+
 template <typename T> METAL_FUNC uint load_pair(const T* source) {
   return *reinterpret_cast<const uint*>(source);
 }
