@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from .caches import Retention
+from .errors import RuntimeRefusal
 from .opaque import Opaque
 
 
@@ -42,7 +43,8 @@ class MaskSpec(Opaque):
 def seen_through(mask: Any, retention: Retention, name: str) -> tuple[int | None, int | None]:
     """Window and chunk that rows see through a mask, of what a cache keeps.
 
-    Raises TypeError, in the words of the site `name`, for what is no mask of attention.
+    Raises TypeError, in the words of the site `name`, for what is no mask of attention, and
+    RuntimeRefusal for one that is wider than the cache.
     """
     if not isinstance(mask, MaskSpec) or mask.kind != "attention":
         raise TypeError(
@@ -58,7 +60,13 @@ def seen_through(mask: Any, retention: Retention, name: str) -> tuple[int | None
             f"{name}: a mask made without a cache counts positions from the start of each chunk; "
             "make it with the cache of the layer that it is for"
         )
-    # The mask says what the layer asks for, the cache what is kept: upstream can see no more.
+    if window is not None and retention.window is not None and window > retention.window:
+        raise RuntimeRefusal(
+            f"{name}: the mask's window of {window} positions is wider than what the cache keeps, "
+            f"{retention.window}: what a row sees would depend on the chunk it comes in; give both "
+            "the same window"
+        )
+    # The mask says what the layer asks for, the cache what is kept.
     if retention.window is not None:
         window = retention.window if window is None else min(window, retention.window)
     if retention.chunk is not None and chunk is None:

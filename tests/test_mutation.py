@@ -189,3 +189,8 @@ def test_a_norm_without_an_axis_joins_sequences():
     file = File("rwkv7", library().text("rwkv7"))
     found = [m for m in mutants(library(), "rwkv7", ("slip-keyword",)) if m.number == 2]
     assert judge("rwkv7").of(found[0].texts(file)).outcome in (KEPT, MODEL, LOUD)
+
+
+def test_a_mask_wider_than_its_cache_is_refused():
+    """In a chunk upstream's rows then see more than one at a time: there is no right answer."""
+    never_wrong("cohere2", "mask-window-changed", KEPT, LOUD, MODEL)
