@@ -44,7 +44,7 @@ def seen_through(mask: Any, retention: Retention, name: str) -> tuple[int | None
     """Window and chunk that rows see through a mask, of what a cache keeps.
 
     Raises TypeError, in the words of the site `name`, for what is no mask of attention, and
-    RuntimeRefusal for one that is wider than the cache.
+    RuntimeRefusal for one that asks for more than the cache keeps.
     """
     if not isinstance(mask, MaskSpec) or mask.kind != "attention":
         raise TypeError(
@@ -66,9 +66,13 @@ def seen_through(mask: Any, retention: Retention, name: str) -> tuple[int | None
             f"{retention.window}: what a row sees would depend on the chunk it comes in; give both "
             "the same window"
         )
+    if retention.chunk is not None and (chunk is None or retention.chunk % chunk):
+        raise RuntimeRefusal(
+            f"{name}: the cache keeps chunks of {retention.chunk} positions, the mask says "
+            f"{chunk or 'nothing of chunks'}: what a row sees would depend on when the cache is "
+            "trimmed; make the mask from the same chunks"
+        )
     # The mask says what the layer asks for, the cache what is kept.
     if retention.window is not None:
         window = retention.window if window is None else min(window, retention.window)
-    if retention.chunk is not None and chunk is None:
-        chunk = retention.chunk
     return window, chunk

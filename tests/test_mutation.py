@@ -194,3 +194,8 @@ def test_a_norm_without_an_axis_joins_sequences():
 def test_a_mask_wider_than_its_cache_is_refused():
     """In a chunk upstream's rows then see more than one at a time: there is no right answer."""
     never_wrong("cohere2", "mask-window-changed", KEPT, LOUD, MODEL)
+
+
+def test_a_cache_of_chunks_that_nobody_trims_is_refused():
+    """Without `maybe_trim_front` upstream's cache of chunks keeps everything."""
+    never_wrong("hunyuan", "make-cache-chunked", LOUD, MODEL, REFUSED)
