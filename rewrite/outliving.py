@@ -123,6 +123,23 @@ def outliving_in(program: Program, cls: ClassFacts) -> Iterator[Diagnostic]:
     yield from _definition(program, program.modules[cls.module], cls.syntax, _BEFORE)
 
 
+def outliving_around(program: Program, cls: ClassFacts) -> Iterator[Diagnostic]:
+    """Where the file's own decorators of a class's methods do."""
+    for owner in program.lineage(cls):
+        module = program.modules[owner.module]
+        names = {
+            expr.data
+            for part in owner.syntax.body
+            if isinstance(part, Function)
+            for decorator in part.decorators
+            for expr in below(decorator)
+            if isinstance(expr, Expr) and expr.op == "name"
+        }
+        for statement in module.module.body:
+            if isinstance(statement, Function) and statement.name in names:
+                yield from _definition(program, module, statement, _BEFORE)
+
+
 def _before(modules: list[ModuleFacts]) -> frozenset[str]:
     """Names of functions that are mentioned only by what runs before a forward pass."""
     mentions: dict[str, set[str]] = {}  # name -> names of the functions that mention it

@@ -199,3 +199,7 @@ def test_a_mask_wider_than_its_cache_is_refused():
 def test_a_cache_of_chunks_that_nobody_trims_is_refused():
     """Without `maybe_trim_front` upstream's cache of chunks keeps everything."""
     never_wrong("hunyuan", "make-cache-chunked", LOUD, MODEL, REFUSED)
+
+
+def test_a_decorator_that_counts_calls_inside_a_mixer_is_refused():
+    never_wrong("mamba2", "decorator-cached", REFUSED, LOUD)

@@ -10,7 +10,7 @@ from ..heads import last_rows_edit
 from ..ir import ClassFacts, Diagnostic, Edit, Import, Match, ModuleFacts, Plan, Refusal, Verdict
 from ..languages import contract, language_reasons, shared_state, unsuitable
 from ..match import place
-from ..outliving import outliving, outliving_in, patches
+from ..outliving import outliving, outliving_around, outliving_in, patches
 from ..program import Program
 from ..sources import MODEL
 from .facts import absolute_module
@@ -209,6 +209,8 @@ def _kept_state(program: Program, own: Verdict, matches: Iterable[Match]) -> tup
     else:
         classes = [program.class_of(name) for name in sorted(_undriven_classes(matches))]
         found = [d for cls in classes if cls is not None for d in outliving_in(program, cls)]
+        built = [part for cls in classes if cls for part in program.reachable(cls).values()]
+        found += [d for cls in built for d in outliving_around(program, cls)]
     return tuple(_unique(found))
 
 
