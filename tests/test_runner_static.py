@@ -227,7 +227,8 @@ def described(spec: KernelSpec) -> dict[str, object]:
         if array in POOLS[:2] and getattr(spec, "bits", 0):
             return mx.uint32
         if array in POOLS:
-            return DTYPES[str(getattr(spec, "pool_dtype", rows))]
+            pool = str(getattr(spec, "pool_dtype", rows))
+            return mx.uint32 if pool == "uint32" else DTYPES[pool]
         return FIXED_TYPES.get(array, mx.int32)
 
     return {
