@@ -100,17 +100,18 @@ def show(name: str) -> str:
     made = signature(
         name=kernel.name,
         inputs=[
-            Input(array, _dtype(spec, array), _size(spec, array), 1) for array in kernel.input_names
+            Input(array, array_dtype(spec, array), _size(spec, array), 1)
+            for array in kernel.input_names
         ],
         output_names=kernel.output_names,
-        output_dtypes=[_dtype(spec, array) for array in kernel.output_names],
+        output_dtypes=[array_dtype(spec, array) for array in kernel.output_names],
         source=kernel.source,
         header=kernel.header,
     )
     return made.text
 
 
-def _dtype(spec: KernelSpec, array: str) -> mx.Dtype:
+def array_dtype(spec: KernelSpec, array: str) -> mx.Dtype:
     """The type of an input or output of the kernels in `specs`."""
     if array in ("key_pool", "value_pool") and getattr(spec, "bits", False):
         return mx.uint32

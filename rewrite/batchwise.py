@@ -43,8 +43,7 @@ _DECORATING = (
 def joins_sequences(mixer: Mixer) -> Value | None:
     """A value, in what the class's forward may run, that depends on several sequences at once."""
     file = mixer.program.modules[mixer.cls.module]
-    own = {id(method) for method in file.functions.values()}
-    own |= {id(method) for cls in file.classes.values() for method in cls.methods.values()}
+    own = set(map(id, file.methods()))
     for method in Reach(mixer).methods:
         values = list(every_value(method))
         calls = (v for v in values if v.op == "call")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .edits import decorate, site_comment
 from .inlining import expanded
 from .ir import Edit, Effect, Method, Site, Value
-from .match import Mixer, every_value, is_none_test, library_call, method_call, place, same
+from .match import Mixer, every_value, is_none_test, library_call, method_call, place, same, size_of
 from .per_length import Ops
 from .program import Program
 from .scans import _begins, _is_whole
@@ -75,11 +75,9 @@ def _of_one(effect: Effect) -> Value | None:
     for test, taken in effect.path.conditions:
         if taken and test.op == "compare" and test.data == ("==",):
             size, one = test.args
-            if one.op == "const" and one.data == 1 and size.op in ("item", "index"):
-                shape = size.args[0]
-                second = size.data == 2 if size.op == "item" else size.args[1].data == 2
-                if second and shape.op == "attr" and shape.data == "shape":
-                    return shape.args[0]
+            found = size_of(size)
+            if one.op == "const" and one.data == 1 and found is not None and found[1] == 2:
+                return found[0]
     return None
 
 

@@ -386,6 +386,12 @@ class ModuleFacts:
     def source(self) -> Source:
         return self.module.source
 
+    def methods(self) -> Iterator[Method]:
+        """All functions of the file: those of its classes, and its own."""
+        for cls in self.classes.values():
+            yield from cls.methods.values()
+        yield from self.functions.values()
+
 
 # --------------------------------------------------------------------------- judgement
 

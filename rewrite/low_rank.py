@@ -12,7 +12,7 @@ from .ir import Edit, Method, Site, Value
 from .match import Mixer, every_value, library_call, method_call, place, same
 from .per_length import Ops
 from .program import Program
-from .scans import _begins, _is_token_loop, _is_whole
+from .scans import _begins, _is_whole, _token_of
 from .states import Reach
 
 _DEVICE = frozenset({"mlx.core.default_device", "mlx.core.metal.is_available"})
@@ -209,7 +209,9 @@ def _as_row(program: Program, value: Value) -> Value | None:
 
 
 def _widened(program: Program, value: Value, *forms: tuple[str | None, ...]) -> Value | None:
-    if value.op != "index" or value.args[1].op != "tuple" or not _is_token(program, value.args[0]):
+    if value.op != "index" or value.args[1].op != "tuple":
+        return None
+    if _token_of(program, value.args[0]) is None:
         return None
     keys = tuple(map(_key, value.args[1].args))
     return value.args[0] if keys in forms else None
@@ -221,16 +223,6 @@ def _key(key: Value) -> str | None:
     if key.op == "const" and key.data is None:
         return None
     return "..." if key.op == "const" and key.data is Ellipsis else "?"
-
-
-def _is_token(program: Program, value: Value) -> bool:
-    """`x[:, t]`, with x a parameter and t running over `range(y.shape[1])`, y one too."""
-    if value.op != "index" or value.args[0].op != "param" or value.args[1].op != "tuple":
-        return False
-    keys = value.args[1].args
-    if len(keys) != 2 or not _is_whole(keys[0]) or keys[1].op != "elem":
-        return False
-    return _is_token_loop(program, keys[1].args[0])
 
 
 def _is(value: Value, constant: object) -> bool:

@@ -238,10 +238,9 @@ class Mixer:
     def mentions(self, name: str) -> int:
         """How often the file reads an attribute of that name."""
         file = self.program.modules[self.cls.module]
-        methods = [method for cls in file.classes.values() for method in cls.methods.values()]
         return sum(
             value.op == "attr" and value.data == name
-            for method in (*methods, *file.functions.values())
+            for method in file.methods()
             for value in every_value(method)
         )
 
@@ -368,6 +367,18 @@ def _cache_roots(value: Value, parameters: set[int]) -> Iterator[Value]:
 
 
 # --------------------------------------------------------------------------- relations of values
+
+
+def size_of(value: Value) -> tuple[Value, int] | None:
+    """x and the axis in `x.shape[axis]`, unpacked or indexed by a number."""
+    if value.op == "item":
+        axis = value.data
+    elif value.op == "index" and value.args[1].op == "const":
+        axis = value.args[1].data
+    else:
+        return None
+    shape = value.args[0]
+    return (shape.args[0], axis) if shape.op == "attr" and shape.data == "shape" else None
 
 
 def is_none_test(test: Value) -> tuple[Value, bool] | None:

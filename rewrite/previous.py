@@ -12,7 +12,16 @@ from dataclasses import dataclass
 from .attention import Sites
 from .edits import names_before, replace, site_comment, spell
 from .ir import Assign, Edit, Effect, Method, Miss, Site, Span, Value
-from .match import Mixer, callee_name, every_value, is_none_test, library_call, same, uses
+from .match import (
+    Mixer,
+    callee_name,
+    every_value,
+    is_none_test,
+    library_call,
+    same,
+    size_of,
+    uses,
+)
 
 READ, KEEP = "previous_rows", "keep_last_rows"
 
@@ -154,12 +163,10 @@ def _always(mixer: Mixer, test: Value, held: bool) -> bool:
     if not held or test.op != "compare" or test.data not in ((">",), ("!=",), (">=",)):
         return False
     length, least = test.args
-    if length.op not in ("item", "index") or least.op != "const":
+    size = size_of(length)
+    if size is None or least.op != "const":
         return False
-    shape = length.args[0]
-    number = length.data if length.op == "item" else length.args[1].data
-    enough = least.data == (1 if test.data == (">=",) else 0)
-    return enough and number in (1, 2) and shape.op == "attr" and shape.data == "shape"
+    return size[1] in (1, 2) and least.data == (1 if test.data == (">=",) else 0)
 
 
 def _stray(method: Method, states: list[_State]) -> Value | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from .edits import decorate, site_comment
 from .ir import Edit, Method, Site, Value
-from .match import Mixer, every_value, is_none_test, library_call, place, same
+from .match import Mixer, every_value, is_none_test, library_call, place, same, size_of
 from .per_length import Ops
 from .program import Program
 from .states import Reach
@@ -165,13 +165,7 @@ def _is_one_token(conditions: tuple[tuple[Value, bool], ...], x: Value) -> bool:
 
 
 def _is_length(value: Value, x: Value) -> bool:
-    item = value.op == "item" and value.data == 1
-    if not item and not (
-        value.op == "index" and value.args[1].op == "const" and value.args[1].data == 1
-    ):
-        return False
-    shape = value.args[0]
-    return shape.op == "attr" and shape.data == "shape" and shape.args[0] is x
+    return size_of(value) == (x, 1)
 
 
 def _same_for_one(

@@ -16,7 +16,16 @@ from itertools import pairwise
 
 from .edits import replace, site_comment, spell
 from .ir import Assign, Edit, For, Method, Site, Span, Stmt, Value
-from .match import Mixer, callee_name, every_value, is_none_test, library_call, same, uses
+from .match import (
+    Mixer,
+    callee_name,
+    every_value,
+    is_none_test,
+    library_call,
+    same,
+    size_of,
+    uses,
+)
 from .per_length import Ops
 from .program import Program
 from .scans import _is_whole
@@ -232,11 +241,7 @@ def _is_token(program: Program, key: Value, x: Value) -> bool:
     """`[:, t]` for t in `range(x.shape[1])`."""
     token = _token(key)
     bound = _bound(program, token) if token is not None else None
-    if bound is None or bound.op not in ("item", "index"):
-        return False
-    shape = bound.args[0]
-    second = bound.data == 1 if bound.op == "item" else _number(bound.args[1]) == 1
-    return second and shape.op == "attr" and shape.data == "shape" and shape.args[0] is x
+    return bound is not None and size_of(bound) == (x, 1)
 
 
 def _token(key: Value) -> Value | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from .edits import decorate, replace, site_comment
 from .ir import Edit, Effect, Evidence, Match, Method, Site, Value
-from .match import Mixer, is_none_test, library_call, place
+from .match import Mixer, is_none_test, library_call, place, size_of
 from .per_length import Ops
 from .program import Program
 from .scans import _is_whole
@@ -32,7 +32,7 @@ def token_rows(
         return None
     sites: list[Site] = []
     edits: list[Edit] = []
-    own = set(map(id, _own_methods(mixer)))
+    own = set(map(id, mixer.program.modules[mixer.cls.module].methods()))
     for method in reach.methods:
         if not is_token_shift(mixer.program, method):
             continue
@@ -65,14 +65,6 @@ def token_rows(
         ("shifted_rows", "last_of_sequences", *scans.imports),
         otherwise,
     )
-
-
-def _own_methods(mixer: Mixer) -> Iterator[Method]:
-    """Functions and methods that stand in the class's own file."""
-    file = mixer.program.modules[mixer.cls.module]
-    yield from file.functions.values()
-    for cls in file.classes.values():
-        yield from cls.methods.values()
 
 
 def _stores(mixer: Mixer) -> Iterator[Effect]:
@@ -188,19 +180,7 @@ def _state(program: Program, before: Value, x: Value) -> Value | None:
     of_x = dtype.op == "attr" and dtype.data == "dtype" and dtype.args[0] is x
     if not of_x or len(sizes) != 3 or sizes[1].op != "const" or sizes[1].data != 1:
         return None
-    return given if _is_size(sizes[0], x, 0) and _is_size(sizes[2], x, 2) else None
-
-
-def _is_size(value: Value, x: Value, axis: int) -> bool:
-    """`x.shape[axis]`, unpacked or indexed."""
-    if value.op == "item":
-        number = value.data
-    elif value.op == "index" and value.args[1].op == "const":
-        number = value.args[1].data
-    else:
-        return False
-    shape = value.args[0]
-    return number == axis and shape.op == "attr" and shape.data == "shape" and shape.args[0] is x
+    return given if size_of(sizes[0]) == (x, 0) and size_of(sizes[2]) == (x, 2) else None
 
 
 def _counted(test: Value) -> Value | None:
@@ -208,8 +188,7 @@ def _counted(test: Value) -> Value | None:
     if test.op != "compare" or test.data != ("==",):
         return None
     size, one = test.args
-    if one.op != "const" or one.data != 1 or size.op not in ("item", "index"):
+    if one.op != "const" or one.data != 1:
         return None
-    shape = size.args[0]
-    x = shape.args[0] if shape.op == "attr" and shape.data == "shape" else None
-    return x if x is not None and _is_size(size, x, 1) else None
+    found = size_of(size)
+    return found[0] if found is not None and found[1] == 1 else None

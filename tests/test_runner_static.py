@@ -7,11 +7,10 @@ from dataclasses import dataclass, field, fields
 
 import mlx.core as mx
 import pytest
-from kernel_cases import DTYPES
 from mlxrewrite.kernels.dialects.cpu import KernelError, metal_kernel
 from mlxrewrite.kernels.dialects.cpu.source import Input
 from mlxrewrite.kernels.dialects.cpu.static import Finding, check, lint
-from mlxrewrite.kernels.inspect import list_specs, parse
+from mlxrewrite.kernels.inspect import array_dtype, list_specs, parse
 from mlxrewrite.kernels.render import render
 from mlxrewrite.kernels.specs import KernelSpec
 from mlxrewrite.kernels.state_specs import state_step_spec
@@ -206,13 +205,11 @@ def test_findings_name_file_and_line() -> None:
 
 
 # ---- every text that is rendered -----------------------------------------------------------------
-FLOATS = "settings", "partial_values", "partial_stats", "decay", "beta", "state", "state_out"
-FIXED_TYPES = dict.fromkeys(FLOATS, mx.float32)
+FIXED_TYPES = dict.fromkeys(("decay", "beta", "state", "state_out"), mx.float32)
 
 
 # What ops pass with few elements, always or for small models: `constant` in the text.
 FEW = "token_in", "settings", "sinks", "decay", "beta"
-POOLS = ("key_pool", "value_pool", "gathered_keys", "gathered_values")
 
 
 def described(spec: KernelSpec) -> dict[str, object]:
@@ -220,16 +217,7 @@ def described(spec: KernelSpec) -> dict[str, object]:
     kernel = render(spec)
 
     def dtype(array: str) -> mx.Dtype:
-        own = (getattr(spec, kind, None) for kind in ("query_dtype", "rows_dtype", "dtype"))
-        rows = next(filter(None, own), None)
-        if array in ("queries", "keys", "values", "sinks", "output"):
-            return DTYPES[str(rows)]
-        if array in POOLS[:2] and getattr(spec, "bits", 0):
-            return mx.uint32
-        if array in POOLS:
-            pool = str(getattr(spec, "pool_dtype", rows))
-            return mx.uint32 if pool == "uint32" else DTYPES[pool]
-        return FIXED_TYPES.get(array, mx.int32)
+        return FIXED_TYPES.get(array) or array_dtype(spec, array)
 
     return {
         "name": kernel.name,

@@ -63,10 +63,9 @@ def match(mixer: Mixer) -> Match | Miss:
 def _boolean_masks(mixer: Mixer) -> bool:
     """The file makes masks as arrays, which are boolean: added, they hide nothing."""
     file = mixer.program.modules[mixer.cls.module]
-    methods = [m for cls in file.classes.values() for m in cls.methods.values()]
     return any(
         callee_name(mixer.program, effect.value) in ATTENTION_MASK and len(effect.value.args) > 3
-        for method in (*methods, *file.functions.values())
+        for method in file.methods()
         for effect in method.calls()
     )
 
