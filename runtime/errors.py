@@ -21,3 +21,7 @@ class NotGenerated(RuntimeRefusal):
 
 class BadModel(RuntimeRefusal):
     """A model folder, a config or weights that cannot be used."""
+
+
+class UpstreamDifference(UserWarning):
+    """The original has two answers and the rewritten model follows one: docs/upstream.md."""

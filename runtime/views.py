@@ -117,6 +117,16 @@ class PagedView(View):
         super().__init__(leaf.spec, batch, leaf.entry, leaf.path)
         self.leaf = leaf
 
+    def make_mask(
+        self, N: int, window_size: int | None = None, return_array: bool = False
+    ) -> MaskSpec:
+        """A cache with a window masks with it where it is asked for none."""
+        del N
+        kept = self.leaf.retention.window
+        return MaskSpec(
+            window=window_size or kept, return_array=return_array, path=self.path, kept=kept
+        )
+
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Handle, Handle]:
         """Write this step's rows, keys [T, Hkv, 1, Dk] and values [T, Hkv, 1, Dv]."""
         leaf, batch = self._writable(), self.batch

@@ -191,7 +191,7 @@ def test_a_norm_without_an_axis_joins_sequences():
     assert judge("rwkv7").of(found[0].texts(file)).outcome in (KEPT, MODEL, LOUD)
 
 
-def test_a_mask_wider_than_its_cache_is_refused():
+def test_a_mask_wider_than_its_cache_is_told():
     """In a chunk upstream's rows then see more than one at a time: there is no right answer."""
     never_wrong("cohere2", "mask-window-changed", KEPT, LOUD, MODEL)
 
@@ -203,3 +203,8 @@ def test_a_cache_of_chunks_that_nobody_trims_is_refused():
 
 def test_a_decorator_that_counts_calls_inside_a_mixer_is_refused():
     never_wrong("mamba2", "decorator-cached", REFUSED, LOUD)
+
+
+def test_a_mask_without_a_window_for_a_cache_with_one_is_refused():
+    """One mask for all layers, of which some keep a window only."""
+    never_wrong("nanochat", "make-cache-rotating-some", LOUD, MODEL, REFUSED)

@@ -195,7 +195,7 @@ def test_a_mask_wider_than_what_the_cache_keeps_is_refused() -> None:
     try:
         schedule = random_schedule(3, LENGTHS, VOCABULARY, 7)
         cache = PagedCache(rewritten, 4, num_blocks=60)
-        with pytest.raises(RuntimeRefusal, match="wider than what the cache keeps"):
+        with pytest.raises(RuntimeRefusal, match="window of 8 positions and the cache keeps 5"):
             rewritten_logits(cache, schedule)
     finally:
         module.paged_mask = before

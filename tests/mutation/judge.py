@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlxrewrite.runtime.batch import logits_of
 from mlxrewrite.runtime.cache import PagedCache
+from mlxrewrite.runtime.errors import UpstreamDifference
 from mlxrewrite.runtime.schedule import Schedule, random_schedule
 from mlxrewrite.runtime.weights import randomise
 
@@ -30,7 +32,7 @@ SECONDS = 60  # of processor time for one mutant, all runs together
 KEPT = "kept"  # token-major, equal to the changed original
 MODEL = "whole model"  # refused token-major; runs once per sequence, and is equal
 REFUSED = "refused"  # no output at all
-LOUD = "loud"  # the rewritten model raises
+LOUD = "loud"  # the rewritten model raises, or warns that the original has two answers
 UNSTEADY = "unsteady"  # different by less than one rounding of the original's weights makes
 INVALID = "invalid"  # the changed original means nothing: it raises, or gives NaN
 SILENT = "SILENT"  # different, and nobody said so
@@ -127,7 +129,9 @@ class Judge:
         if compiled.emitted.code is None:
             return Verdict(REFUSED, plan.route, reason, effect=effect)
         try:
-            ours, last = self._rewritten(rewritten, weights)
+            with warnings.catch_warnings(record=True) as warned:
+                warnings.simplefilter("always", UpstreamDifference)
+                ours, last = self._rewritten(rewritten, weights)
         except TooLong:
             raise
         except Exception as problem:
@@ -139,6 +143,9 @@ class Judge:
         if delta <= TOLERANCE:
             outcome = MODEL if plan.route == "model" else KEPT
             return Verdict(outcome, plan.route, reason, delta, effect)
+        said = next((w for w in warned if issubclass(w.category, UpstreamDifference)), None)
+        if said is not None:
+            return Verdict(LOUD, plan.route, str(said.message), delta, effect)
         if delta <= SMALL and delta <= self._rounding(original, weights, theirs, spread):
             return Verdict(UNSTEADY, plan.route, reason, delta, effect)
         stepwise = self._stepwise(original, weights, theirs, spread)
