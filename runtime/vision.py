@@ -101,7 +101,7 @@ class VisionModel:
         self._prompts: dict[int, Prepared] = {}
         self._axis = 0  # of a row's positions: 1 where the model stacks them last
         self.manifest, self.why = _manifest(self.language, generated)
-        self._state = _state_places(self.language, self.manifest)
+        self._state = state_places(self.language, self.manifest)
         self._fresh = self._read_state()
         if whole:
             self.why = self.why or "asked for"
@@ -484,12 +484,12 @@ class VisionModel:
                 break
             for name in names:
                 value = getattr(module, name, None)
-                found[index, name] = value if top else _own(value)
+                found[index, name] = value if top else own(value)
         return found
 
     def _write_state(self, state: State) -> None:
         for (index, name), value in state.items():
-            setattr(self._state[index][0], name, _own(value))
+            setattr(self._state[index][0], name, own(value))
 
 
 # What language models read only to find the positions that they are given.
@@ -552,7 +552,7 @@ def _spec(entry: Any) -> Any:
     return entry
 
 
-def _state_places(language: Any, manifest: Manifest | None) -> list[tuple[Any, tuple[str, ...]]]:
+def state_places(language: Any, manifest: Manifest | None) -> list[tuple[Any, tuple[str, ...]]]:
     """Modules and the attributes that a forward pass leaves on them; the language model first.
 
     Of the language model itself everything that is no module counts: larger models write there too.
@@ -574,7 +574,7 @@ def _state_places(language: Any, manifest: Manifest | None) -> list[tuple[Any, t
     return places
 
 
-def _own(value: Any) -> Any:
+def own(value: Any) -> Any:
     """A copy of a container that others may add to; everything else as it is."""
     return value.copy() if type(value) in (list, dict, set) else value
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ from .cache import PagedCache
 from .compare import Comparison, compare
 from .errors import BadModel
 from .load import BROKEN, said
+from .manifest import Manifest
 from .verify import LONGEST, TOLERANCE, _windows
-from .vision import VisionModel
+from .vision import VisionModel, own, state_places
 from .weights import randomise
 
 
@@ -99,7 +101,10 @@ def verify(
     model = VisionModel(rewritten, generated)
     vocabulary = _vocabulary(config, original)
     cases = _cases(config, vocabulary, seed, images)
-    theirs = [reference(original, case) for case in cases]
+    theirs = []
+    for case in cases:
+        with as_loaded(original.language_model, model.manifest):
+            theirs.append(reference(original, case))
     ours, read = mixed(model, cases, seed, block_size)
     text = [i for i, case in enumerate(cases) if not case.inputs]
     seen = [i for i, case in enumerate(cases) if case.inputs]
@@ -112,6 +117,22 @@ def verify(
         read,
         tolerance,
     )
+
+
+@contextmanager
+def as_loaded(language: nn.Module, manifest: Manifest | None) -> Iterator[None]:
+    """What the language model keeps on itself, put back afterwards.
+
+    mlx_vlm's falcon_ocr reads a text prompt with the rope deltas of the image before it: every
+    sequence of the reference is the first one of its process.
+    """
+    places = state_places(language, manifest)
+    kept = [(m, name, own(getattr(m, name, None))) for m, names in places for name in names]
+    try:
+        yield
+    finally:
+        for module, name, value in kept:
+            setattr(module, name, value)
 
 
 def reference(model: Any, case: Case) -> np.ndarray:
