@@ -85,11 +85,13 @@ def apart(configs: Mapping[str, Path], seed: int) -> Iterator[tuple[str, dict[st
 def measure(config: Path, seed: int) -> dict[str, Any]:
     """Route, and the largest difference over the spread, of text and of prompts with images."""
     sys.path.insert(0, str(ROOT / "tests"))
+    from metal_stand_ins import standing_in
     from mlxrewrite.runtime.vision_verify import verify
     from vlm_prompts import read
 
     given, images = read(config)
-    report = verify(given, images=images, seed=seed)
+    with standing_in(config.stem) as stand_ins:
+        report = verify(given, images=images, seed=seed)
     parts = {"text": report.text, "images": report.images}
     deltas = {k: p.max_delta / p.spread for k, p in parts.items() if p is not None}
     rows = sum(p.rows for p in parts.values() if p is not None)
@@ -101,6 +103,7 @@ def measure(config: Path, seed: int) -> dict[str, Any]:
         "passed": report.passed,
         "rows": rows,
         "disagreeing": wrong,
+        **({"stand_ins": True} if stand_ins else {}),
         **deltas,
     }
 
@@ -123,6 +126,8 @@ def row(manifest: Path, found: dict[str, Any]) -> str:
         return f"{start} - | - | - | {got['failed']} |"
     if got["route"] == "model" and route != "model":
         note = f"whole model with this config: {got['why'].partition(':')[0]}"
+    if got.get("stand_ins"):
+        note = "with plain MLX in place of its Metal kernels, which run nowhere else"
     agree = f"{got['rows'] - got['disagreeing']} of {got['rows']}"
     agree += "" if got["passed"] else " DIFFERS"
     image = f"{got['images']:.1e} ({got['read']})" if "images" in got else "-"

@@ -16,6 +16,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from metal_stand_ins import Float32, kernels, packed_product
 from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 from mlxrewrite.runtime.batch import logits_of
@@ -216,79 +217,18 @@ def test_bitnet_with_a_stand_in_for_its_kernel(monkeypatch):
     """Everything but the packed product runs: attention and caches of the rewritten file agree."""
     from mlx_lm.models.bitlinear_layers import BitLinear
 
-    def product(self: Any, x: mx.array, packed: mx.array) -> mx.array:
-        parts = [((packed >> shift) & 3).astype(x.dtype) - 1 for shift in (0, 2, 4, 6)]
-        weights = mx.concatenate(parts)[: self.out_features]
-        scale = 1 / self.weight_scale if self.invert_weight_scales else self.weight_scale
-        return (x @ weights.T) * scale
-
-    monkeypatch.setattr(BitLinear, "execute_matmul_kernel", product)
+    monkeypatch.setattr(BitLinear, "execute_matmul_kernel", packed_product)
     for name in ("bitnet", "bitnet@tied_bias"):
         report = verify(CONFIGS / f"{name}.json")
         assert report.passed and report.route == "kernel", report.text()
 
 
-class _Float32:
-    """`mlx.core` whose bfloat16 is float32: rounding would hide what is compared."""
-
-    bfloat16 = mx.float32
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(mx, name)
-
-
-def _stand_ins() -> dict[str, Any]:
-    """What muse_spark's kernels are documented to compute, each row by itself."""
-
-    def norm(x, eps, weight=None):
-        return mx.fast.rms_norm(x, weight, eps)
-
-    def qk_norm(qkvg, *, n_heads, n_kv_heads, head_dim, eps, query_scale):
-        q, k = mx.split(
-            qkvg[..., : (n_heads + n_kv_heads) * head_dim], [n_heads * head_dim], axis=-1
-        )
-        q = norm(q.reshape(*q.shape[:-1], n_heads, head_dim), eps) * query_scale
-        return q, norm(k.reshape(*k.shape[:-1], n_kv_heads, head_dim), eps)
-
-    def qk_norm_rope(qkvg, *, rope_base, offset, head_dim, **rest):
-        def turned(x):
-            x = x.swapaxes(1, 2)
-            x = mx.fast.rope(
-                x, head_dim, traditional=True, base=rope_base, scale=1.0, offset=offset
-            )
-            return x.swapaxes(1, 2)
-
-        return tuple(turned(x) for x in qk_norm(qkvg, head_dim=head_dim, **rest))
-
-    def rms_norm_sigmoid_gate(x, gate, *, eps):
-        x = norm(x, eps).swapaxes(1, 2)
-        return x.reshape(gate.shape) * mx.sigmoid(gate)
-
-    def norm_add_norm(branch, stream, *, alpha, beta, post_weight, post_eps, next_norm):
-        scaled = branch if post_weight is None else branch * post_weight
-        total = alpha * stream + beta * norm(scaled, post_eps)
-        return total, None if next_norm is None else next_norm(total)
-
-    def expert_routing(logits, expert_bias, *, top_k, multiplier, score_eps, route_scale):
-        scores = mx.sigmoid(logits * multiplier)
-        chosen = mx.argsort(-(scores + expert_bias), axis=-1)[..., :top_k]
-        weights = mx.take_along_axis(scores, chosen, axis=-1)
-        weights = weights / (weights.sum(axis=-1, keepdims=True) + score_eps)
-        return chosen.astype(mx.uint32), weights * route_scale
-
-    def post_expert_norm_combine(experts, weights, *, norm_weight, eps):
-        return (norm(experts * norm_weight, eps) * weights[..., None]).sum(axis=-2)
-
-    found = {name: value for name, value in locals().items() if name != "norm"}
-    return found | {"pre_norm": lambda stream, layer, *, dtype: layer(stream).astype(dtype)}
-
-
 def test_muse_spark_with_stand_ins_for_its_kernels(monkeypatch):
     config = config_of("muse_spark")
     for module in (original_module(config), rewritten_module(config)):
-        for name, value in _stand_ins().items():
+        for name, value in kernels().items():
             monkeypatch.setattr(module, name, value, raising=False)
-        monkeypatch.setattr(module, "mx", _Float32())
+        monkeypatch.setattr(module, "mx", Float32())
     report = verify(CONFIGS / "muse_spark.json")
     assert report.passed, report.text()
     assert not report.unreached

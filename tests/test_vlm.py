@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("mlx_vlm")
+import mlx.core as mx
+from metal_stand_ins import METAL_ONLY, standing_in
 from mlx.utils import tree_flatten
 from mlxrewrite.runtime.cache import PagedCache
 from mlxrewrite.runtime.errors import RuntimeRefusal
@@ -40,10 +42,21 @@ def _marked(path: Path) -> object:
 @pytest.mark.parametrize("path", [_marked(path) for path in CONFIGS])
 def test_mixed_batches_agree_with_mlx_vlm(path):
     config, images = read(path)
-    report = verify(config, images=images)
+    with standing_in(path.stem):
+        report = verify(config, images=images)
     assert report.passed, report
     assert report.text.spread > 0
     assert (report.images is not None) == bool(images)
+
+
+@pytest.mark.parametrize("name", METAL_ONLY)
+def test_metal_only_originals_run_nowhere_else(name):
+    """With a back end that has their kernels the stand-ins of the test above could go."""
+    if mx.metal.is_available():
+        pytest.skip("there is Metal")
+    config, _ = read(FOLDER / f"{name}.json")
+    with pytest.raises(RuntimeError, match="No Metal back-end"):
+        verify(config)
 
 
 TEXT = [
