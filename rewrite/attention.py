@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from dataclasses import replace as replace_fields
 
 from .edits import receiver_text, rename_callee, replace, site_comment
 from .ir import Edit, Evidence, Match, Method, Miss, Site, Value
-from .match import Attend, Flow, Mixer, flow, live, method_call
+from .match import Attend, Flow, Mixer, flow, live, method_call, uses
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,11 +21,50 @@ class Sites:
 
 
 def fetched_flow(mixer: Mixer, method: Method, consumers: Iterable[Value] = ()) -> Flow:
-    """Where fetched keys and values (and keys handed in by a caller) go in a method."""
+    """Where fetched keys and values go in a method: its own, and those handed in by a caller or
+    handed back by another method of the class."""
     calls = [a for a in mixer.attends if a.method is method]
     roots = [f.call for f in mixer.fetches if f.method is method]
     roots += [v for a in calls for v in (a.keys, a.values) if live(v).op == "param"]
-    return flow(mixer, method, roots, [*(a.call for a in calls), *consumers])
+    returned, other = _handed_back(mixer, method)
+    found = flow(mixer, method, [*roots, *returned], [*(a.call for a in calls), *consumers])
+    return replace_fields(found, foreign=(*found.foreign, *other)) if other else found
+
+
+def _handed_back(mixer: Mixer, method: Method) -> tuple[list[Value], list[Value]]:
+    """Items of `self.helper(...)` that are keys or values the helper fetched; and what takes the
+    helper's result as a whole."""
+    fetching = {id(fetch.method): fetch.method for fetch in mixer.fetches}
+    items: list[Value] = []
+    other: list[Value] = []
+    for call in (effect.value for effect in method.calls()):
+        reached = [found for _, found in mixer.program.callees(call, mixer.cls, method)]
+        if not any(id(found) in fetching and found is not method for found in reached):
+            continue
+        positions = [_fetched_positions(mixer, found) for found in reached]
+        if not any(positions):
+            continue
+        for use in uses(method).get(id(call), ()):
+            if use.user is None or use.user.op != "item":
+                other.append(use.user or call)
+            elif all(use.user.data in held for held in positions):
+                items.append(use.user)
+            elif any(use.user.data in held for held in positions):
+                other.append(use.user)
+    return items, other
+
+
+def _fetched_positions(mixer: Mixer, helper: Method) -> frozenset[int]:
+    """Where fetched keys and values stand in the tuples that a method returns."""
+    roots = [f.call for f in mixer.fetches if f.method is helper]
+    held = flow(mixer, helper, roots, [a.call for a in mixer.attends if a.method is helper])
+    return frozenset(
+        position
+        for effect in helper.returns
+        if effect.value.op == "tuple"
+        for position, part in enumerate(effect.value.args)
+        if held.holds(part) or held.holds(live(part))
+    )
 
 
 def attend_sites(mixer: Mixer, method: Method, found: Flow, kind: str) -> Sites | Miss:

@@ -8,10 +8,10 @@ ids, and nothing else, so branches that need more are dead here.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from .ir import ClassFacts, Contract, Diagnostic, Match, Method, Place, Refusal, Value, Verdict
-from .match import callee_name, is_none_test, place
+from .match import ATTENTION_MASK, attends, callee_name, is_none_test, library_call, place
 from .program import Program
 
 # The names by which mlx_vlm's generation hands these to a language model.
@@ -97,6 +97,7 @@ def language_reasons(
             message = f"`{name}` ({match.kind}) has no kernel for mlx_vlm's caches"
             reasons.append(Diagnostic("cache-class", message, where))
     reasons += _paged_inside(program, kernels, judgements, where)
+    reasons += _unmasked(program, entry, kernels)
     found = program.method(entry, "__call__")
     if found is None:
         return [*reasons, Diagnostic("no-entry", f"`{entry.name}` has no forward method", where)]
@@ -122,6 +123,28 @@ def language_reasons(
                         handed=frozenset() if owner.module == _ROPES else handed,
                     )
     return reasons
+
+
+def _unmasked(
+    program: Program, entry: ClassFacts, matches: Iterable[Match]
+) -> Iterator[Diagnostic]:
+    """Attention whose mask nobody makes: without one, tokens see those behind them as well."""
+    if not any(site.rule == "paged_attention" for match in matches for site in match.sites):
+        return
+    modules = {
+        owner.module for cls in program.reachable(entry).values() for owner in program.lineage(cls)
+    }
+    for name in modules:
+        for method in program.modules[name].methods():
+            for effect in method.calls():
+                callee = effect.value.args[0]
+                if callee_name(program, effect.value) in ATTENTION_MASK:
+                    return
+                if callee.op == "attr" and callee.data == "make_mask":
+                    return
+    where = place(program.modules[entry.module].source, entry.syntax.name_span)
+    message = f"nothing that `{entry.name}` is built from makes a causal mask"
+    yield Diagnostic("no-kind", message, where, "tokens may see those behind them")
 
 
 def _paged_inside(
@@ -286,7 +309,8 @@ def _host_positions(
         return _is_position(value, handed=handed)
 
     source = program.modules[cls.module].source
-    for value in _live_values(method, top=top):
+    masks = mask_parameters(program, cls, method)
+    for value in _live_values(lambda test: _decide(program, test, top, masks), method):
         message = None
         if value.op == "call":
             callee = value.args[0]
@@ -329,11 +353,11 @@ def _is_position(value: Value, depth: int = 0, handed: frozenset[str] = frozense
     return False
 
 
-def _live_values(method: Method, *, top: bool) -> Iterator[Value]:
-    """Values of a method that can come to be when nothing is passed but what the runtime passes."""
+def _live_values(decide: Callable[[Value], bool | None], method: Method) -> Iterator[Value]:
+    """Values of a method that can come to be, with tests as `decide` knows them."""
     seen: set[int] = set()
     for effect in method.effects:
-        if any(_decide(test, top) is (not held) for test, held in effect.path.conditions):
+        if any(decide(test) is (not held) for test, held in effect.path.conditions):
             continue
         roots = [effect.value, effect.target, *(test for test, _ in effect.path.conditions)]
         stack = [root for root in roots if root is not None]
@@ -343,25 +367,58 @@ def _live_values(method: Method, *, top: bool) -> Iterator[Value]:
                 continue
             seen.add(id(value))
             yield value
-            if value.op == "phi" and (known := _decide(value.args[0], top)) is not None:
+            if value.op == "phi" and (known := decide(value.args[0])) is not None:
                 stack.append(value.args[1] if known else value.args[2])
             else:
                 stack.extend(value.args)
 
 
-def _decide(test: Value, top: bool) -> bool | None:
-    """How a test ends, if that follows from what is passed to an entry's forward (`top`)."""
-    if not top:
-        return None
+def mask_parameters(program: Program, cls: ClassFacts, method: Method) -> frozenset[int]:
+    """Parameters of a method that are the mask of a fused attention call, in it or in the method
+    of its class that gets it back. On rows such a mask is no array and no word: the op that takes
+    its place refuses all but masks of rows."""
+    found = [a.mask for a in attends(program, method) if a.mask is not None]
+    for other in cls.methods.values() if not found else ():
+        for attend in attends(program, other):
+            mask = attend.mask
+            if mask is None or mask.op != "item" or mask.args[0].op != "call":
+                continue
+            if any(m is method for _, m in program.callees(mask.args[0], cls, other)):
+                found += [
+                    effect.value.args[mask.data]
+                    for effect in method.returns
+                    if effect.value.op == "tuple" and mask.data < len(effect.value.args)
+                ]
+    masks: set[int] = set()
+    while found:
+        value = found.pop()
+        if value.op == "param":
+            masks.add(id(value))
+        elif value.op == "phi":
+            found += value.args[1:]
+        elif value.op == "index":
+            found.append(value.args[0])
+    return frozenset(masks)
+
+
+def _decide(program: Program, test: Value, top: bool, masks: frozenset[int]) -> bool | None:
+    """How a test ends, if that follows from what is passed to an entry's forward (`top`), or from
+    what masks are on rows."""
     if test.op == "bool":
-        sides = [_decide(part, top) for part in test.args]
+        sides = [_decide(program, part, top, masks) for part in test.args]
         stop = bool(test.data == "or")
         if stop in sides:
             return stop
         return None if None in sides else not stop
     if test.op == "unary" and test.data == "not":
-        inner = _decide(test.args[0], top)
+        inner = _decide(program, test.args[0], top, masks)
         return None if inner is None else not inner
+    asked = library_call(program, test, "builtins.isinstance")
+    if asked and len(asked) == 2 and id(asked[0]) in masks and asked[1].op == "global":
+        if program.resolve(asked[1].data) in ("mlx.core.array", "builtins.str"):
+            return False
+    if not top:
+        return None
     none = is_none_test(test)
     if none is not None and test.op == "compare":
         given, is_none = _optional(none[0]), none[1]

@@ -26,6 +26,8 @@ ATTENTION_MASK = frozenset(
         "mlx_vlm.models.base.create_attention_mask",
     }
 )
+# Gives keys and values of a quantised cache as arrays, and all others, paged ones too, as they are.
+UNPACKED = "mlx_vlm.models.base.dequantize_kv_state"
 STATE_MASK = frozenset(
     {"mlx_lm.models.base.create_ssm_mask", "mlx_vlm.models.base.create_ssm_mask"}
 )
@@ -111,6 +113,7 @@ class Mixer:
                 id(e.target.args[0]): e.target.args[0]
                 for e in method.effects
                 if e.kind == "store" and e.target is not None and e.target.op == "index"
+                if not _is_word(e.target.args[1])
             }
             for base in stored.values():
                 for root in _cache_roots(base, roots):
@@ -143,7 +146,7 @@ class Mixer:
             target = effect.target
             if effect.kind != "store" or target is None or target.op != "index":
                 continue
-            if is_pipeline_tail(self.program, effect):
+            if is_pipeline_tail(self.program, effect) or _is_word(target.args[1]):
                 continue
             base = live(target.args[0])
             if any(id(part) in self.caches for part in _through(base)):
@@ -358,6 +361,13 @@ def _through(value: Value) -> Iterator[Value]:
             stack.extend(current.args[:1])
 
 
+def _is_word(key: Value) -> bool:
+    """A key that is text: weights go by names, what a cache holds by numbers."""
+    if key.op == "phi":
+        return all(map(_is_word, key.args[1:]))
+    return key.op == "string" or (key.op == "const" and isinstance(key.data, str))
+
+
 def _cache_roots(value: Value, parameters: set[int]) -> Iterator[Value]:
     for part in _through(value):
         if part.op == "param" and id(part) in parameters:
@@ -482,6 +492,9 @@ def flow(mixer: Mixer, method: Method, roots: Iterable[Value], consumers: Iterab
                     queue.append(call)
             elif library_call(mixer.program, user, "mlx_vlm.models.base.kv_sequence_length"):
                 continue  # a number of positions, as `shape` is
+            elif library_call(mixer.program, user, UNPACKED):
+                members[id(user)] = user
+                queue.append(user)
             elif not _passes_on(mixer, method, user, use):
                 foreign.append(user)
     return Flow(frozenset(members), tuple(foreign), tuple(casts))

@@ -51,6 +51,8 @@ _CHANGES = frozenset(
 )  # fmt: skip
 _REACHING = frozenset({"type", "globals", "vars", "locals", "super", "__import__"})
 _HARMLESS = frozenset({"open", "print", "str", "repr", "int", "len", "range", "list", "dict"})
+# Assigns `transformers.AutoProcessor.from_pretrained`, and calls nothing of what it is given.
+_REGISTERING = frozenset({"mlx_vlm.models.base.install_auto_processor_patch"})
 _SETTERS = frozenset({"setattr", "delattr", "next"})
 
 
@@ -87,7 +89,7 @@ def patches(module: ModuleFacts) -> Iterator[Diagnostic]:
                 continue
             yield _patch(module, node)
         elif isinstance(node, Evaluate):
-            if not _only_speaks(node.value):
+            if not _only_speaks(node.value) and not _registers(module, node.value):
                 yield _patch(module, node)
         elif isinstance(node, (For, While, AugAssign)) or (
             isinstance(node, Simple) and node.keyword in ("del", "delete", "global", "nonlocal")
@@ -104,6 +106,15 @@ def _patch(module: ModuleFacts, node: Stmt) -> Diagnostic:
         "definitions and names bound once",
         act="source",
     )
+
+
+def _registers(module: ModuleFacts, expr: Expr) -> bool:
+    """A call of a library's function that changes another package, and nothing of the program's:
+    which classes read the files of a checkpoint."""
+    if expr.op != "call" or expr.args[0].op != "name":
+        return False
+    bound = module.names.get(expr.args[0].data)
+    return bound is not None and bound.op == "global" and bound.data in _REGISTERING
 
 
 def _only_speaks(expr: Expr) -> bool:

@@ -228,3 +228,67 @@ def test_a_mixer_that_runs_once_per_sequence_holds_none_that_pages():
     plan = Compiler(package).compile("mlx_vlm.models.glm_moe_dsa.language").emitted.plan
     assert plan.route == "model"
     assert any("inside it on rows" in note.message for note in plan.notes)
+
+
+FETCH = "        k, v = cache.update_and_fetch(k, v)\n"
+CUT = """        if isinstance(mask, mx.array):
+            mask = mask[..., : {}]
+"""
+ASKED = LANGUAGE.replace(
+    FETCH + CUT.format("kv_sequence_length(k)"),
+    CUT.format("int(cache.offset.max().item()) + L") + FETCH,
+)
+
+
+def test_what_only_an_array_s_mask_needs_is_dead(tmp_path):
+    """On rows a mask is no array, so what stands behind `isinstance(mask, mx.array)` never runs."""
+    assert compiled(tmp_path, ASKED).emitted.plan.route == "kernel"
+
+
+@pytest.mark.parametrize("other", ["dict", "(mx.array, object)"])
+def test_other_tests_of_a_mask_are_alive(tmp_path, other):
+    done = compiled(
+        tmp_path, ASKED.replace("isinstance(mask, mx.array)", f"isinstance(mask, {other})")
+    )
+    assert slugs(done) == {"position-special"}
+
+
+def test_a_test_of_another_array_is_alive(tmp_path):
+    done = compiled(
+        tmp_path, ASKED.replace("isinstance(mask, mx.array)", "isinstance(x, mx.array)")
+    )
+    assert slugs(done) == {"position-special"}
+
+
+def test_attention_without_a_causal_mask_is_no_kernel(tmp_path):
+    text = LANGUAGE.replace("mask = create_attention_mask(h, cache)", "pass")
+    done = compiled(tmp_path, text)
+    assert done.emitted.plan.route == "model"
+    assert [n.message for n in done.emitted.plan.notes] == [
+        "nothing that `LanguageModel` is built from makes a causal mask"
+    ]
+
+
+def test_weights_sorted_by_name_are_no_cache(tmp_path):
+    text = (
+        LANGUAGE
+        + """
+    def sanitize(self, weights):
+        return self.renamed(weights)
+
+    def renamed(self, weights):
+        for index in range(2):
+            weights[f"layers.{index}.qkv"] = weights.pop(f"layers.{index}.in")
+        return weights
+"""
+    )
+    assert compiled(tmp_path, text).emitted.plan.route == "kernel"
+    numbered = text.replace('weights[f"layers.{index}.qkv"]', "weights[index]")
+    assert slugs(compiled(tmp_path, numbered)) == {"no-kind"}
+
+
+def test_a_processor_may_be_registered_when_a_file_is_imported(tmp_path):
+    text = LANGUAGE + "\nfrom mlx_vlm.models.base import {0}\n{0}('seen', ModelConfig)\n"
+    registered = text.format("install_auto_processor_patch")
+    assert compiled(tmp_path, registered).emitted.plan.route == "kernel"
+    assert slugs(compiled(tmp_path, text.format("something_else"))) == {"patched"}

@@ -13,7 +13,17 @@ from __future__ import annotations
 from ..attention import Sites, attend_sites, attention_match, fetched_flow
 from ..edits import names_before, replace, site_comment, spell
 from ..ir import Edit, Match, Method, Miss, Site, Span, Value
-from ..match import ATTENTION_MASK, Flow, Mixer, arguments, callee_name, every_value, live
+from ..match import (
+    ATTENTION_MASK,
+    UNPACKED,
+    Flow,
+    Mixer,
+    arguments,
+    callee_name,
+    every_value,
+    library_call,
+    live,
+)
 from ..softmax import Spelled, spelled_attention
 from . import Counter, Example
 
@@ -78,7 +88,12 @@ def _inline(mixer: Mixer, method: Method) -> Spelled | None:
 
     def fetched(value: Value, position: int) -> bool:
         value = live(value)
-        return value.op == "item" and value.data == position and id(value.args[0]) in roots
+        if value.op != "item" or value.data != position:
+            return False
+        given = library_call(mixer.program, value.args[0], UNPACKED)
+        if given is not None and len(given) == 3:
+            return fetched(given[1 + position], position)
+        return id(value.args[0]) in roots
 
     for value in every_value(method):
         if value.op == "binary" and value.data == "@":
@@ -238,7 +253,17 @@ class Mix(nn.Module):
         return y
 """
 
+_UNPACKED = _SPELLED.replace(
+    "            k, v = cache.update_and_fetch(k, v)\n",
+    "            k, v = cache.update_and_fetch(k, v)\n"
+    "            k, v = dequantize_kv_state(cache, k, v)\n",
+).replace(
+    "import mlx.nn as nn",
+    "import mlx.nn as nn\nfrom mlx_vlm.models.base import dequantize_kv_state",
+)
+
 ACCEPTS = (
+    Example("Mix", _UNPACKED),
     Example("Mix", _SPELLED),
     Example(
         "Mix",
@@ -249,6 +274,7 @@ ACCEPTS = (
     ),
 )
 REJECTS = (
+    Counter("Mix", _UNPACKED.replace("(cache, k, v)", "(cache, v, k)"), None),
     Counter(
         "Mix",
         _SPELLED.replace("        weights =", "        scores = scores ** 2\n        weights ="),

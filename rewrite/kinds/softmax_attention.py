@@ -68,7 +68,31 @@ class Mix(nn.Module):
         return self.out(y.transpose(0, 2, 1, 3).reshape(B, L, D))
 """
 
+_HELPED = """
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_vlm.models.base import scaled_dot_product_attention
+
+class Mix(nn.Module):
+    def __init__(self, args):
+        super().__init__()
+        self.qkv = nn.Linear(args.width, 3 * args.width)
+
+    def __call__(self, x, mask=None, cache=None):
+        q, k, v, mask = self.projected(x, mask, cache)
+        return scaled_dot_product_attention(q, k, v, cache=cache, scale=1.0, mask=mask)
+
+    def projected(self, x, mask, cache):
+        q, k, v = (part[:, None] for part in mx.split(self.qkv(x), 3, axis=-1))
+        if isinstance(mask, mx.array):
+            mask = mask[..., : int(k.shape[-2])]
+        if cache is not None:
+            k, v = cache.update_and_fetch(k, v)
+        return q, k, v, mask
+"""
+
 ACCEPTS = (
+    Example("Mix", _HELPED),
     Example("Mix", _PLAIN),
     Example("Mix", _PLAIN.replace("mask=mask)", "mask=mask, sinks=self.out.bias)")),
     Example("Mix", _PLAIN.replace("1.0, mask=mask)", "1.0, mask=mask).astype(v.dtype)")),
@@ -77,6 +101,8 @@ ACCEPTS = (
     ),
 )
 REJECTS = (
+    Counter("Mix", _HELPED.replace("return q, k, v, mask", "return q, 2 * k, v, mask"), None),
+    Counter("Mix", _HELPED.replace("q, k, v, mask = self", "v, k, q, mask = self"), None),
     Counter(
         "Mix", _PLAIN.replace("        y = ", "        k = mx.roll(k, 1, 2)\n        y = "), None
     ),
