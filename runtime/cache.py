@@ -19,7 +19,7 @@ from .blocks import BlockAllocator, BlockTable
 from .caches import ArraysCache, KVCache, Retention, Spec, spec_of
 from .errors import OutOfBlocks, RuntimeRefusal, UnknownSequence
 from .pools import EntryPool
-from .recorded import Recorder, filled
+from .recorded import Recorder
 from .rope import sequence_ends
 from .rows import Rows
 from .states import Snapshot, StateTable
@@ -107,7 +107,7 @@ class PagedCache:
         self._serial = 0
         self._stepped = False
         self._store = _Originals(self)
-        self._recorder = Recorder(model, self._leaves, self._views)
+        self._recorder = Recorder(model, self._leaves, self._states, self._views)
 
     @property
     def recorder(self) -> Recorder:
@@ -377,7 +377,7 @@ class PagedCache:
         """Logits [>= S, V] of a step of single rows that runs without Python, if there is one."""
         if not self._recorder.ready:
             return None
-        last, count = rows[-1], filled(len(rows))
+        last, count = rows[-1], self._recorder.size(len(rows))
         # More rows like the last one, which write what it writes.
         rows += tuple(Rows(last.sequence, i, 1, last.position) for i in range(len(rows), count))
         batch = self._batch(rows, [tokens[part.sequence] for part in rows], range(count))

@@ -239,10 +239,14 @@ def _long(ragged: Ragged, queries: Queries, rank: int) -> tuple[bool, ...]:
     if queries.up_keys is None or queries.up_values is None:
         return (False,) * ragged.num_sequences
     _, heads, _, width = queries.content.shape
-    return tuple(
-        policy.materialise_latents(rows, context, rank=rank, heads=heads, content_dim=width)
-        for rows, context in zip(ragged.query_lens, ragged.context_lens, strict=True)
-    )
+
+    def make(step: Ragged) -> tuple[bool, ...]:
+        return tuple(
+            policy.materialise_latents(rows, context, rank=rank, heads=heads, content_dim=width)
+            for rows, context in zip(step.query_lens, step.context_lens, strict=True)
+        )
+
+    return ragged.ask(("materialised", rank, heads, width), make)
 
 
 def _split(ragged: Ragged, long: tuple[bool, ...]) -> _Split:

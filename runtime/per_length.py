@@ -19,6 +19,7 @@ from . import caches
 from .batch import Batch
 from .masks import MaskSpec
 from .per_sequence import find_views
+from .rows import Rows
 from .states import StateTable
 from .views import StateView, View
 
@@ -71,14 +72,24 @@ class Group:
     """Sequences with equally many rows, and states of the same arrays.
 
     `rows` [N * L] are the rows of the batch in the order of `sequences`, None for all of them as
-    they are; `first` [N] are each sequence's first row and position.
+    they are; `first` [N] is each sequence's first row, and `parts` say where it is.
     """
 
     sequences: tuple[int, ...]
     length: int
     rows: np.ndarray | None
     first: np.ndarray
-    positions: np.ndarray
+    parts: tuple[Rows, ...]
+
+    @property
+    def single(self) -> bool:
+        """Whether the rows of the batch are one of each sequence, as they are."""
+        return self.rows is None and self.length == 1
+
+    @property
+    def positions(self) -> np.ndarray:
+        """The position of each sequence's first row, [N]."""
+        return np.array([part.position for part in self.parts], dtype=np.int32)
 
 
 def per_length(method: _Method) -> _Method:
@@ -132,7 +143,7 @@ def grouped(batch: Batch, key: tuple[tuple[Any, ...], ...]) -> Iterator[Group]:
             length=parts[0].length,
             rows=None if len(members) == 1 else rows,
             first=np.array([part.start for part in parts], dtype=np.int32),
-            positions=np.array([part.position for part in parts], dtype=np.int32),
+            parts=tuple(parts),
         )
 
 
@@ -169,12 +180,13 @@ class Gather:
     def _array(self, value: mx.array) -> mx.array:
         group, total = self.group, self.batch.num_rows
         if value is self.batch.positions:
-            return mx.array(group.positions)
+            # Another array object in either case: code may add to it in place.
+            return mx.array(value if group.single else group.positions)
         if value.ndim == 0 or value.shape[0] != total:
             return value
         count, length = len(group.sequences), group.length
         if value.ndim == 1 and mx.issubdtype(value.dtype, mx.integer):
-            return value if group.rows is None and length == 1 else value[mx.array(group.first)]
+            return value if group.single else value[mx.array(group.first)]
         if value.ndim == 1 or value.shape[1] != 1:
             raise TypeError(
                 f"cannot tell how an array of shape {list(value.shape)} splits into sequences: "

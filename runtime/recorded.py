@@ -5,15 +5,19 @@ sequence has one row the graph is the same at every step: only the contents of a
 So the second step of a shape is traced (`mx.compile`), and later ones run what was traced.
 
 What a forward may depend on is closed off, not searched for: it is traced with a batch that has
-tracers for ids, positions, slots, block tables and work lists, and *nothing else* of its step.
-A mixer that asks for anything more (which sequences, how long they are, their own caches) ends the
-trace, and the model runs as before. So does a model whose modules changed while they were traced,
-or that drew random numbers: a recorded step would not do that again.
+tracers for ids, positions, slots, block tables, work lists and states, and *nothing else* of its
+step (`stand_ins`). What it asks of a step's lengths is asked again at each step: arrays among the
+answers are inputs, and all else is part of what tells shapes apart. A mixer that wants anything
+more (how long sequences are, their own caches) ends the trace, and the model runs as before. So
+does a model whose modules changed while they were traced, or that drew random numbers: a recorded
+step would not do that again.
 
 Only where writes are in place and ordered by tokens: recorded steps then neither read nor return
 the memory of a pool, only its token. Weights are inputs, so that new ones (adapters, another type)
 count at once. Batches are filled up to a few sizes with copies of their last row, which write what
-that row writes; how many shapes are kept is bounded.
+that row writes; how many shapes are kept is bounded. States of sequences are inputs and outputs:
+all sequences of a step must hold the same of them, and batches are not filled up, since a copy
+would have a state of its own.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, NoReturn
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -32,15 +36,11 @@ from mlxrewrite.kernels.ops import Ragged
 from . import batch as batches
 from .batch import Batch
 from .rope import sequence_ends
-from .views import Leaf, View
+from .stand_ins import Made, NotRecordableError, RecordedBatch, RecordedRagged, RecordedTable
+from .views import Leaf, StateLeaf, View
 
 MOST = 64  # shapes that are kept
 Path = tuple[int, ...]
-Made = tuple[tuple[object, Any], ...]  # what a step was asked, and what came of it
-
-
-class NotRecordableError(Exception):
-    """A forward asked for something that only this one step has."""
 
 
 def filled(rows: int) -> int:
@@ -49,54 +49,14 @@ def filled(rows: int) -> int:
     return -(-rows // step) * step
 
 
-class RecordedRagged:
-    """What a forward may know of a step's blocks while it is traced; stands for a `Ragged`."""
-
-    def __init__(self, rows: int, size: int, slots: mx.array, tables: mx.array, made: Made) -> None:
-        self.num_rows = self.num_sequences = rows
-        self.query_lens = (1,) * rows
-        self.starts = tuple(range(rows + 1))
-        self.everyone = tuple(range(rows))
-        self.max_query_len = 1
-        self.block_size = size
-        self.slot_mapping = slots
-        self.block_tables = tables
-        self._made = dict(made)
-
-    def ask(self, key: object, make: object) -> Any:
-        del make  # it would read this step's lengths
-        if key not in self._made:
-            raise NotRecordableError(f"of its blocks: {key}")
-        return self._made[key]
-
-    def __getattr__(self, name: str) -> NoReturn:
-        raise NotRecordableError(f"of its blocks: {name}")
-
-
-class RecordedBatch:
-    """What a forward may know of a step while it is traced; stands for a `Batch`."""
-
-    logit_rows = None
-
-    def __init__(
-        self, ids: mx.array, positions: mx.array, ragged: Sequence[Any], serial: int
-    ) -> None:
-        self.ids = ids
-        self.positions = positions
-        self.ragged = tuple(ragged)
-        self.serial = serial
-        self.num_rows = self.num_logits = ids.shape[0]
-
-    def __getattr__(self, name: str) -> NoReturn:
-        raise NotRecordableError(name)
-
-
 @dataclass(slots=True, eq=False)
 class _Shape:
-    """One shape of step; `run` once it was traced, None if it cannot be."""
+    """One shape of step; `run` once it was traced, None if it cannot be. `writes` are the states
+    that it returns, by entry and number."""
 
     run: Callable[..., Any] | None = None
     failed: bool = False
+    writes: tuple[tuple[int, int], ...] | None = None
 
 
 class Recorder:
@@ -110,6 +70,7 @@ class Recorder:
         self,
         model: Any,
         leaves: Mapping[Path, Leaf],
+        states: Mapping[Path, StateLeaf],
         views: Callable[[Batch], list[View]],
         most: int = MOST,
     ) -> None:
@@ -117,6 +78,7 @@ class Recorder:
         self.replayed = 0
         self._model = model
         self._leaves = leaves
+        self._states = states
         self._views = views
         self._most = most
         self._asked: tuple[Mapping[object, Callable[[Ragged], Any]], ...] | None = None
@@ -135,6 +97,9 @@ class Recorder:
         if not isinstance(self._model, nn.Module):
             self.lacking = "the model is no module, so that its weights are not known"
             return
+        if any(leaf.per_sequence for leaf in self._states.values()):
+            self.lacking = "a mixer runs once per sequence"
+            return
         asked = []
         for ragged in batch.ragged:
             if ragged is None or ragged.asked is None:
@@ -146,6 +111,10 @@ class Recorder:
     @property
     def ready(self) -> bool:
         return self._asked is not None and self.lacking is None and policy.writes_in_place()
+
+    def size(self, rows: int) -> int:
+        """How many rows a step of so many single rows is filled up to."""
+        return rows if self._states else filled(rows)
 
     def step(self, batch: Batch, ends: mx.array) -> mx.array | None:
         """Logits [T, 1, V] of a step whose sequences all have one row; None: run it as it is.
@@ -163,6 +132,11 @@ class Recorder:
         ]
         parts = [_taken_apart([value for _, value in answers]) for answers in made]
         arrays = [[part.slot_mapping, part.block_tables] for part in ragged]
+        sequences = tuple(part.sequence for part in batch.rows)
+        entries = list(self._states.values())
+        held = _held(entries, sequences)
+        if held is None:
+            return None
         key = (
             str(mx.default_stream(mx.default_device())),
             launch.active(),
@@ -170,6 +144,7 @@ class Recorder:
             getattr(self._model, "training", False),
             tuple(tables.shape for _, tables in arrays),
             tuple(still for still, _ in parts),
+            tuple((place, a.shape[1:], a.dtype) for place, a in held.items()),
         )
         shape = self._shapes.get(key)
         if shape is None:  # a shape that never comes again is not worth a trace
@@ -183,12 +158,13 @@ class Recorder:
         leaves = [leaf for leaf in self._leaves.values() if leaf.pool.made]
         pools = [leaf.pool.pool for leaf in leaves]
         if shape.run is None:
-            shape.run = self._recording(batch, made, leaves)
-        logits, tokens = shape.run(
+            shape.run = self._recording(shape, batch, made, leaves, list(held))
+        logits, tokens, states = shape.run(
             [batch.ids, batch.positions, ends],
             [[*two, *moving] for two, (_, moving) in zip(arrays, parts, strict=True)],
             [[pool.keys, *([] if pool.values is None else [pool.values])] for pool in pools],
             [pool.token for pool in pools],
+            list(held.values()),
         )
         problem, self._problem = self._problem, None
         if problem is not None:
@@ -200,19 +176,27 @@ class Recorder:
         for leaf, pool, token in zip(leaves, pools, tokens, strict=True):
             leaf.pool.pool = pool.after(token)
             leaf.pool.serial = batch.serial
+        assert shape.writes is not None
+        for (entry, index), state in zip(shape.writes, states, strict=True):
+            entries[entry].table.write(index, sequences, state)
         self.replayed += 1
         found: mx.array = logits
         return found
 
     def _recording(
-        self, batch: Batch, made: Sequence[Made], leaves: Sequence[Leaf]
+        self,
+        shape: _Shape,
+        batch: Batch,
+        made: Sequence[Made],
+        leaves: Sequence[Leaf],
+        places: Sequence[tuple[int, int]],
     ) -> Callable[..., Any]:
         """What runs steps of this shape; traced when it is first called, and whenever the weights
         have other shapes or types."""
         rows, serial, model = batch.num_rows, batch.serial, self._model
         sizes = [part.block_size for part in batch.ragged if part is not None]
 
-        def forward(step: Any, blocks: Any, stores: Any, tokens: Any) -> Any:
+        def forward(step: Any, blocks: Any, stores: Any, tokens: Any, states: Any) -> Any:
             ids, positions, ends = step
             ragged = [
                 RecordedRagged(rows, size, arrays[0], arrays[1], _answers(answers, arrays[2:]))
@@ -220,12 +204,14 @@ class Recorder:
             ]
             tracer: Any = RecordedBatch(ids, positions, ragged, serial)
             held = [(leaf.pool, leaf.pool.pool, leaf.pool.serial) for leaf in leaves]
+            tables = [(leaf, leaf.table) for leaf in self._states.values()]
             before, random = _attributes(model), _random_state()
             try:
                 for (entry, pool, _), store, token in zip(held, stores, tokens, strict=True):
                     values = store[1] if len(store) > 1 else None
                     entry.pool = replace(pool, keys=store[0], values=values, token=token)
                     entry.serial = -1
+                traced = _traced(tables, rows, dict(zip(places, states, strict=True)))
                 with sequence_ends(positions, ends):
                     logits = batches.logits_of(model(ids, cache=self._views(tracer)))
                 changed = _put_back(before)
@@ -233,17 +219,52 @@ class Recorder:
                     raise NotRecordableError(f"{changed} changes itself")
                 if not np.array_equal(random, _random_state()):
                     raise NotRecordableError("it draws random numbers")
-                return logits, [entry.pool.token for entry, _, _ in held]
+                writes = tuple((i, n) for i, table in enumerate(traced) for n in table.written)
+                if shape.writes not in (None, writes):
+                    raise NotRecordableError("it does not always write the same states")
+                shape.writes = writes
+                new = [traced[i].written[n] for i, n in writes]
+                return logits, [entry.pool.token for entry, _, _ in held], new
             except BaseException as problem:
                 # Not raised here: MLX would leave tracers where the weights were.
                 self._problem = problem
                 _put_back(before)
-                return ids, list(tokens)
+                return ids, list(tokens), []
             finally:
                 for entry, pool, number in held:
                     entry.pool, entry.serial = pool, number
+                for leaf, table in tables:
+                    leaf.table = table
 
         return mx.compile(forward, inputs=[model])
+
+
+def _held(
+    entries: Sequence[StateLeaf], sequences: tuple[int, ...]
+) -> dict[tuple[int, int], mx.array] | None:
+    """The states of a step's sequences, by entry and number; None if they do not hold the same."""
+    found = {}
+    for entry, leaf in enumerate(entries):
+        for index in range(leaf.table.size):
+            if not leaf.table.alike(index, sequences):
+                return None
+            states = leaf.table.read(index, sequences)
+            if states is not None:
+                found[entry, index] = states
+    return found
+
+
+def _traced(
+    tables: Sequence[tuple[StateLeaf, Any]], rows: int, states: Mapping[tuple[int, int], mx.array]
+) -> list[RecordedTable]:
+    """Put stand-ins with these states in the place of tables."""
+    traced = []
+    for entry, (leaf, table) in enumerate(tables):
+        mine = {index: array for (number, index), array in states.items() if number == entry}
+        stand_in: Any = RecordedTable(table.size, rows, mine)
+        leaf.table = stand_in
+        traced.append(stand_in)
+    return traced
 
 
 def _taken_apart(values: Sequence[Any]) -> tuple[tuple[Any, ...], list[mx.array]]:

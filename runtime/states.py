@@ -62,6 +62,15 @@ class StateTable:
         slots = self._slots[index]
         return tuple(sequence in slots for sequence in sequences)
 
+    def alike(self, index: int, sequences: tuple[int, ...]) -> bool:
+        """Whether all of the sequences have array `index`, of one shape, or none of them has."""
+        slots = self._slots[index]
+        first = slots.get(sequences[0])
+        if first is not None and first.rows.members == sequences:
+            return True
+        found = (slots.get(sequence) for sequence in sequences)
+        return len({None if slot is None else slot.rows.states.shape[1:] for slot in found}) == 1
+
     def holds(self, sequence: int) -> tuple[tuple[int, ...] | None, ...]:
         """The shape of each of a sequence's arrays; None for those it does not have (yet).
 

@@ -14,26 +14,43 @@ from typing import Any
 from unittest import mock
 
 import mlx.core as mx
-from mlxrewrite.kernels import calls, launch, ops, policy
+from mlxrewrite.kernels import (
+    calls,
+    depthwise,
+    launch,
+    low_rank,
+    ops,
+    policy,
+    scan,
+    selective,
+    shift,
+    state_step,
+)
 
 
 @contextmanager
 def lazy_kernels() -> Iterator[None]:
     """Steps take the routes of a GPU; write, decode, reduce, gather and copy are emulated.
 
-    Prompts take the route of single rows."""
+    Prompts take the route of single rows. Recurrences and convolutions take their plain forms."""
     patches = (
         mock.patch.object(launch.MetalKernel, "__call__", _run),
         mock.patch.object(calls, "prepare", lambda *args: None),
         mock.patch.object(policy, "DECODE_ROWS", 1 << 30),
         *(mock.patch.object(m, "supports", lambda *a: None) for m in (calls, ops, policy)),
         mock.patch.object(policy, "_word", lambda *args: 2),
+        *(mock.patch.object(m, "supports", _none) for m in (low_rank, selective, state_step)),
+        *(mock.patch.object(m, "DTYPES", {}) for m in (depthwise, scan, shift)),
         launch.backend("metal"),
     )
     with ExitStack() as stack:
         for patch in patches:
             stack.enter_context(patch)
         yield
+
+
+def _none(*given: Any) -> str:
+    return "kernels of states are not emulated"
 
 
 def _run(

@@ -17,7 +17,7 @@ from mlxrewrite.runtime import engine as engine_module
 from mlxrewrite.runtime.cache import PagedCache
 from mlxrewrite.runtime.engine import Engine, Request
 from mlxrewrite.runtime.load import rewritten_module
-from mlxrewrite.runtime.recorded import filled
+from mlxrewrite.runtime.recorded import Recorder, filled
 from mlxrewrite.runtime.weights import randomise
 from runtime_models.pairs import make_pair
 
@@ -32,6 +32,14 @@ def generate(model: Any, *, record: bool = True, **options: Any) -> tuple[dict, 
     for i, prompt in enumerate(PROMPTS):
         engine.add(Request(prompt, max_tokens=8 + 3 * i))
     return engine.run(), engine
+
+
+def rewritten(name: str) -> Any:
+    config = json.loads((Path(__file__).parent / f"configs/{name}.json").read_text())
+    module = rewritten_module(config)
+    model = module.Model(module.ModelArgs.from_dict(config))
+    randomise(model, 1)
+    return model
 
 
 @pytest.mark.parametrize("name", ["plain", "shared_windows"])
@@ -50,10 +58,7 @@ def test_the_same_tokens_as_without(name):
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
 def test_rewritten_files_are_recorded(name):
     """Experts, sinks beside windows."""
-    config = json.loads((Path(__file__).parent / f"configs/{name}.json").read_text())
-    module = rewritten_module(config)
-    model = module.Model(module.ModelArgs.from_dict(config))
-    randomise(model, 1)
+    model = rewritten(name)
     with lazy_kernels():
         wanted, _ = generate(model, record=False)
         got, engine = generate(model)
@@ -170,13 +175,165 @@ def test_what_cannot_be_recorded_runs_as_before(kind, says):
         mx.eval(value)  # no tracer was left behind
 
 
-def test_states_and_sequences_of_their_own_run_as_before():
+def test_sequences_of_their_own_run_as_before():
+    """Mixers that run once per sequence keep what no recorded step can be given."""
     _, model = make_pair("hybrid", 3)
     with lazy_kernels():
         got, engine = generate(model)
     assert engine.store.cache.recorder.replayed == 0
-    assert engine.store.cache.recorder.lacking
+    assert "once per sequence" in engine.store.cache.recorder.lacking
     assert got == generate(model)[0]
+
+
+KINDS = [
+    "deepseek_v3",  # latents
+    "qwen3_next",  # gated delta net, convolution, paged attention
+    "mamba2",  # state space dual
+    "mamba",  # selective scan
+    "rwkv7",  # token shift, on rows
+    "bailing_moe_linear",  # lightning attention
+    "lfm2",  # short convolution
+    "recurrent_gemma",  # RG-LRU beside windows
+]
+MORE_KINDS = [
+    "mistral4",  # latents, with a scale for each position
+    "kimi_linear",  # Kimi delta beside latents
+    "longcat_flash_ngram",  # the last ids, beside latents
+    "baichuan_m1",  # the last keys, beside windows
+]
+
+
+def same_as_unrecorded(model: Any, seed: int, steps: int = 36, most: int = 64) -> Recorder:
+    """Two caches, one of them without recorded steps, over one random schedule.
+
+    Sequences join with prompts of any length, one token too, leave, go on together or in parts and
+    in any order, and begin with what another has.
+    """
+    chance = random.Random(seed)
+    caches = [PagedCache(model, 4, num_blocks=60, shuffle_seed=seed) for _ in range(2)]
+    recorder = caches[0].recorder
+    recorder._most = most
+    caches[1].recorder.lacking = "not asked for"
+    alive: list[int] = []
+
+    def both(tokens: dict[int, list[int]]) -> None:
+        got, wanted = (cache.step(tokens) for cache in caches)
+        mx.eval(got, wanted, *(cache.arrays() for cache in caches))
+        assert mx.allclose(got, wanted, atol=1e-4), mx.abs(got - wanted).max()
+        assert mx.array_equal(mx.argmax(got, axis=-1), mx.argmax(wanted, axis=-1))
+
+    while steps > 0:
+        event = chance.random()
+        if len(alive) < 2 or (event < 0.3 and len(alive) < 5):
+            new = [cache.add_sequence() for cache in caches]
+            assert new[0] == new[1]
+            prompt = [chance.randrange(60) for _ in range(chance.choice([1, 2, 5, 9]))]
+            together = {name: [chance.randrange(60)] for name in alive[: chance.randint(0, 2)]}
+            both({new[0]: prompt} | together)
+            alive.append(new[0])
+        elif event < 0.4:
+            gone = alive.pop(chance.randrange(len(alive)))
+            for cache in caches:
+                cache.free(gone)
+        elif event < 0.5 and caches[0].snapshots_suffice:
+            old, new = chance.choice(alive), []
+            for cache in caches:
+                length = cache.length(old)
+                new.append(cache.adopt(cache.tables(old), length, cache.snapshot(old)))
+            assert new[0] == new[1]
+            alive.append(new[0])
+        chosen = chance.sample(alive, chance.randint(1, len(alive)))
+        for _ in range(chance.randint(2, 5)):
+            both({name: [chance.randrange(60)] for name in chosen})
+            steps -= 1
+        for name in [name for name in alive if caches[0].length(name) > 40]:
+            alive.remove(name)
+            for cache in caches:
+                cache.free(name)
+    assert not caches[1].recorder.replayed
+    return recorder
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_latents_and_states_are_recorded(name):
+    """One model of each kind of mixer, over a random schedule."""
+    with lazy_kernels():
+        recorder = same_as_unrecorded(rewritten(name), 1)
+    assert recorder.lacking is None
+    assert recorder.replayed >= 6
+    assert recorder.recorded
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*KINDS, *MORE_KINDS])
+def test_latents_and_states_over_longer_schedules(name):
+    with lazy_kernels():
+        recorder = same_as_unrecorded(rewritten(name), 2, steps=120, most=12)
+    assert recorder.lacking is None
+    assert recorder.replayed > 30
+    assert len(recorder._shapes) <= 12
+
+
+def test_engine_records_states():
+    """Tokens of the engine, whose steps overlap, with recorded steps and without."""
+    model = rewritten("qwen3_next")
+    with lazy_kernels():
+        wanted, _ = generate(model, record=False)
+        got, engine = generate(model)
+    assert engine.store.cache.recorder.replayed
+    assert got == wanted
+
+
+def test_shapes_of_states_are_bounded():
+    with lazy_kernels():
+        recorder = same_as_unrecorded(rewritten("lfm2"), 4, steps=60, most=3)
+    assert len(recorder._shapes) == 3
+    assert recorder.replayed
+
+
+@pytest.mark.parametrize(
+    ("name", "part"), [("rwkv7", "states"), ("qwen3_next", "states"), ("deepseek_v3", "tables")]
+)
+def test_what_is_stale_shows(monkeypatch, name, part):
+    """Recorded steps that go on with the states or block tables of the first one are seen."""
+    make = Recorder._recording
+
+    def recording(self: Recorder, *given: Any) -> Any:
+        run, first = make(self, *given), []
+
+        def stale(step: Any, blocks: Any, stores: Any, tokens: Any, states: Any) -> Any:
+            first.append((states, [arrays[1] for arrays in blocks]))
+            if part == "states":
+                states = first[0][0]
+            else:
+                blocks = [
+                    [slots, tables, *rest]
+                    for (slots, _, *rest), tables in zip(blocks, first[0][1], strict=True)
+                ]
+            return run(step, blocks, stores, tokens, states)
+
+        return stale
+
+    monkeypatch.setattr(Recorder, "_recording", recording)
+    with lazy_kernels(), pytest.raises(AssertionError):
+        same_as_unrecorded(rewritten(name), 1)
+
+
+def test_sequences_that_hold_different_things_run_as_before():
+    """A sequence that begins with one token, among others that have states."""
+    model = rewritten("mamba2")
+    with lazy_kernels():
+        cache = PagedCache(model, 4, num_blocks=60)
+        old, new = cache.add_sequence(), cache.add_sequence()
+        cache.step({old: [1, 2, 3]})
+        for token in range(4):
+            cache.step({old: [token]})
+        assert cache.recorder.replayed == 2
+        cache.step({old: [4], new: [5]})
+        assert cache.recorder.replayed == 2
+        for token in range(3):
+            cache.step({old: [token], new: [token]})
+        assert cache.recorder.replayed == 4
 
 
 def test_a_model_that_is_no_module_runs_as_before():
