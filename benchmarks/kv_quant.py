@@ -4,11 +4,12 @@
     python benchmarks/kv_quant.py decode OUT.json [--quick]           the kernels, on a GPU
     python benchmarks/kv_quant.py report OUT.json                     tables in Markdown
 
-`error` reads texts that come with Python (`pydoc_data.topics`) as one long prompt each, once by the
-rewritten model over paged caches and once by mlx_lm's model over its own quantised caches, the
-yardstick; all are compared with mlx_lm's model over its plain caches. Everything is computed in
-float32, so that only the codes make a difference; bytes are those of caches in bfloat16. `decode`
-times single rows over pages of bfloat16, of 8 and of 4 bits, side by side.
+`error` reads texts of different character (prose and code that come with Python, a dialogue) as one
+long prompt each, once by the rewritten model over paged caches and once by mlx_lm's model over its
+own quantised caches, the yardstick; all are compared with mlx_lm's model over its plain caches.
+Everything is computed in float32, so that only the codes make a difference; bytes are those of
+caches in bfloat16. `decode` times single rows over pages of bfloat16, of 8 and of 4 bits, side by
+side.
 """
 
 from __future__ import annotations
@@ -27,21 +28,34 @@ from mlxrewrite.kernels import calls, ops
 from mlxrewrite.kernels.ops import Quantization
 
 KINDS = ((None, 64), (8, 64), (4, 64), (4, 32), (8, 32))
-PROMPTS = 3  # for greedy answers
+PROMPT = 64  # tokens before a greedy answer
+ROWS = 128  # of logits that are compared at a time
+DIALOGUE = Path(__file__).parent / "dialogue.txt"
 
 
 # ------------------------------------------------------------------ error
 
 
-def texts(tokenizer: Any, tokens: int, count: int) -> list[list[int]]:
-    """The longest topics of Python's own documentation, cut to so many tokens."""
+def texts(tokenizer: Any, tokens: int, count: int) -> dict[str, list[int]]:
+    """Texts of different character, cut to so many tokens: what comes with Python, and a talk."""
+    import inspect
     from pydoc_data.topics import topics
 
-    longest = sorted(topics.items(), key=lambda item: (-len(item[1]), item[0]))
-    return [tokenizer.encode(text)[:tokens] for _, text in longest[:count]]
+    longest = max(topics.values(), key=lambda text: (len(text), text))
+    found = {
+        "prose": longest,
+        "code": inspect.getsource(argparse.HelpFormatter),
+        "dialogue": DIALOGUE.read_text(),
+    }
+    few = tokens * 16  # characters: encoding much more than is read takes time
+    return {
+        name: tokenizer.encode(text[:few])[:tokens] for name, text in list(found.items())[:count]
+    }
 
 
-def error(model_path: str, target: Path, tokens: int, count: int, answers: int) -> None:
+def error(
+    model_path: str, target: Path, tokens: int, count: int, answers: int, alone: bool
+) -> None:
     from mlx_lm.utils import load as load_original
     from mlxrewrite.runtime.load import load
 
@@ -50,32 +64,43 @@ def error(model_path: str, target: Path, tokens: int, count: int, answers: int) 
     sizes = {kind: bytes_per_token(rewritten, *kind) for kind in KINDS}
     for model in (original, rewritten):
         model.set_dtype(mx.float32)
-        mx.eval(model.parameters())
+    rewritten.update(original.parameters())  # one copy of the weights in memory
+    mx.eval(rewritten.parameters())
     read = texts(tokenizer, tokens, count)
-    prompts = texts(tokenizer, 64, PROMPTS if answers else 0)
-    exact = [upstream_logits(original, text, None, 64) for text in read]
+    prompts = [text[:PROMPT] for text in read.values()] if answers else []
     wanted = [upstream_greedy(original, text, answers, None, 64)[0] for text in prompts]
     made: dict[str, Any] = {
         "mlx": mx.__version__,
         "device": str(mx.default_device()),
         "model": Path(model_path).name,
-        "tokens": [len(text) for text in read],
+        "tokens": {name: len(text) for name, text in read.items()},
         "answers": answers,
         "rows": [],
     }
+    contenders = [("paged", paged_logits, paged_greedy, rewritten)]
+    if not alone:
+        contenders.append(("mlx_lm", upstream_logits, upstream_greedy, original))
+    parts: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for name, text in read.items():
+        exact = upstream_logits(original, text, None, 64)
+        for bits, group in KINDS:
+            for who, whole, _, model in contenders:
+                found = compared(whole(model, text, bits, group), exact, text)
+                parts.setdefault((bits, group, who), []).append(found)
+                print(name, bits, group, who, json.dumps(meant([found])), flush=True)
+        del exact
     for bits, group in KINDS:
-        for who, whole, greedy, model in (
-            ("paged", paged_logits, paged_greedy, rewritten),
-            ("mlx_lm", upstream_logits, upstream_greedy, original),
-        ):
-            found = [whole(model, text, bits, group) for text in read]
-            row = {"bits": bits, "group": group, "who": who, **compared(found, exact, read)}
+        for who, _, greedy, model in contenders:
+            each = parts[bits, group, who]
+            row: dict[str, Any] = {"bits": bits, "group": group, "who": who, **meant(each)}
+            row["texts"] = {name: meant([part]) for name, part in zip(read, each, strict=True)}
             if answers:
                 spoken = [greedy(model, text, answers, bits, group) for text in prompts]
                 same = [
                     _agreed(mine, theirs) for (mine, _), theirs in zip(spoken, wanted, strict=True)
                 ]
                 row["greedy_same"] = sum(same) / (answers * len(same))
+                row["greedy_first"] = same
                 row["seconds_per_token"] = float(np.median([s for _, took in spoken for s in took]))
             row["bytes_per_token"] = sizes[bits, group]
             made["rows"].append(row)
@@ -83,27 +108,33 @@ def error(model_path: str, target: Path, tokens: int, count: int, answers: int) 
             print(json.dumps(row), flush=True)
 
 
-def compared(
-    found: list[mx.array], exact: list[mx.array], read: list[list[int]]
-) -> dict[str, float]:
+def compared(mine: mx.array, theirs: mx.array, text: list[int]) -> dict[str, Any]:
+    """Sums over the rows of a text, for `meant`."""
+    made = dict.fromkeys(("loss", "kl", "top", "apart", "size"), 0.0)
+    for at in range(0, len(text), ROWS):  # what is in between is as large as all logits
+        rows = slice(at, at + ROWS)
+        one, exact = mine[rows], theirs[rows]
+        logs = one - mx.logsumexp(one, axis=-1, keepdims=True)
+        true = exact - mx.logsumexp(exact, axis=-1, keepdims=True)
+        following = mx.array(text[at + 1 : at + 1 + ROWS])
+        likely = mx.take_along_axis(logs[: len(following)], following[:, None], axis=-1)
+        made["loss"] -= likely.sum().item()
+        made["kl"] += (mx.exp(true) * (true - logs)).sum().item()
+        made["top"] += (one.argmax(-1) == exact.argmax(-1)).sum().item()
+        made["apart"] += ((one - exact) ** 2).sum().item()
+        made["size"] += ((exact - exact.mean(-1, keepdims=True)) ** 2).sum().item()
+    return {**made, "rows": len(text)}
+
+
+def meant(parts: list[dict[str, Any]]) -> dict[str, float]:
     """Perplexity, and how far logits and distributions lie from the exact ones."""
-    losses, kl, same, apart, size = [], [], [], [], []
-    for mine, theirs, text in zip(found, exact, read, strict=True):
-        logs = mine - mx.logsumexp(mine, axis=-1, keepdims=True)
-        true = theirs - mx.logsumexp(theirs, axis=-1, keepdims=True)
-        following = mx.array(text[1:])[:, None]
-        losses.append(-mx.take_along_axis(logs[:-1], following, axis=-1))
-        kl.append((mx.exp(true) * (true - logs)).sum(-1))
-        same.append(mine.argmax(-1) == theirs.argmax(-1))
-        apart.append(((mine - theirs) ** 2).sum(-1))
-        size.append(((theirs - theirs.mean(-1, keepdims=True)) ** 2).sum(-1))
-    mean = {name: mx.concatenate(part).mean().item() for name, part in (("kl", kl), ("top", same))}
-    difference = mx.concatenate(apart).sum() / mx.concatenate(size).sum()
+    total = {name: sum(part[name] for part in parts) for name in parts[0]}
+    rows = total["rows"]
     return {
-        "perplexity": float(mx.exp(mx.concatenate(losses).mean()).item()),
-        "kl": float(mean["kl"]),
-        "top_same": float(mean["top"]),
-        "logits_apart": float(mx.sqrt(difference).item()),
+        "perplexity": float(np.exp(total["loss"] / (rows - len(parts)))),
+        "kl": total["kl"] / rows,
+        "top_same": total["top"] / rows,
+        "logits_apart": float(np.sqrt(total["apart"] / total["size"])),
     }
 
 
@@ -336,8 +367,9 @@ def main() -> None:
     one.add_argument("model")
     one.add_argument("target", type=Path)
     one.add_argument("--tokens", type=int, default=1024, help="of a text")
-    one.add_argument("--texts", type=int, default=2)
+    one.add_argument("--texts", type=int, default=3, choices=(1, 2, 3))
     one.add_argument("--answers", type=int, default=48, help="tokens of a greedy answer; 0: none")
+    one.add_argument("--alone", action="store_true", help="leave out mlx_lm's quantised caches")
     two = commands.add_parser("decode")
     two.add_argument("target", type=Path)
     two.add_argument("--quick", action="store_true", help="one kind of heads only")
@@ -345,7 +377,7 @@ def main() -> None:
     commands.add_parser("report").add_argument("source", type=Path)
     got = parser.parse_args()
     if got.action == "error":
-        error(got.model, got.target, got.tokens, got.texts, got.answers)
+        error(got.model, got.target, got.tokens, got.texts, got.answers, got.alone)
     elif got.action == "decode":
         decode(got.target, got.quick, got.seconds)
     else:

@@ -155,8 +155,6 @@ def generate(words: Sequence[str]) -> int:
         raise UsageError("--image belongs to the --prompt behind it, and none follows")
     from .runtime.errors import RuntimeRefusal
 
-    if got.kv_bits is not None and (got.vlm or any(got.images)):
-        raise UsageError("--kv-bits does not go with images yet: leave it out")
     try:
         return _generate(got)
     except RuntimeRefusal as problem:
@@ -240,7 +238,15 @@ def _generate_with_images(got: Any) -> int:
     asked = [Asked(text, images) for text, images in zip(got.prompt, got.images, strict=True)]
     prompts = [prepare(model, processor, one, chat=not got.no_chat) for one in asked]
     sampler = make_sampler(temp=got.temp, top_p=got.top_p, min_p=got.min_p, top_k=got.top_k)
-    events = stream_generate(model, processor, prompts, max_tokens=got.max_tokens, sampler=sampler)
+    events = stream_generate(
+        model,
+        processor,
+        prompts,
+        max_tokens=got.max_tokens,
+        sampler=sampler,
+        kv_bits=got.kv_bits,
+        kv_group_size=got.kv_group_size,
+    )
     return _show(got, events)
 
 

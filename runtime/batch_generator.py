@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ from mlx_lm.sample_utils import greedy_sampler
 from mlx_lm.utils import maybe_set_recommended_wired_limit
 
 from .cache import cache_specs, fresh_caches
+from .caches import RotatingKVCache
 from .engine import Engine, Request, Token
 from .errors import RuntimeRefusal
 from .rebind import rebound
@@ -44,6 +46,8 @@ class PagedBatchGenerator:
 
     All of one step's work is one ragged batch, so `prefill_batch_size` has no meaning here;
     `prefill_step_size` bounds the rows of a step and `completion_batch_size` the requests in it.
+    `max_kv_size` makes windows of so many positions of all layers, as upstream, unless the model
+    makes caches of its own.
     Further options are those of `Engine`. With `keep_caches` (the default) ended requests come with
     mlx_lm's prompt caches, as upstream; without, equal beginnings are found in the paged caches
     alone, segments are not reported, and nothing is ever copied out. `complete` may add to a
@@ -73,10 +77,7 @@ class PagedBatchGenerator:
         **options: Any,
     ) -> None:
         if max_kv_size is not None:
-            raise RuntimeRefusal(
-                "max_kv_size: it makes full attention a window, which a rewritten model has not; "
-                "leave it out, or give the caches less memory with kv_memory"
-            )
+            model = _windowed(model, max_kv_size)
         running = max(completion_batch_size, prefill_batch_size)
         self.model = model
         self.max_tokens = max_tokens
@@ -85,7 +86,7 @@ class PagedBatchGenerator:
         self.prefill_step_size = prefill_step_size
         self.prefill_batch_size = prefill_batch_size
         self.completion_batch_size = running
-        self.max_kv_size = None
+        self.max_kv_size = max_kv_size
         self._keep = keep_caches
         self._report_errors = report_errors
         self._errors: list[Exception] = []
@@ -358,6 +359,20 @@ class Chosen:
 class _Number(float):
     def item(self) -> float:
         return float(self)
+
+
+def _windowed(model: Any, size: int) -> Any:
+    """The same model, weights included, with windows instead of full attention.
+
+    Upstream's first caches would keep four positions for ever; those of a batch do not.
+    """
+    if size < 1:
+        raise RuntimeRefusal(f"max_kv_size: expected at least 1, got {size}")
+    if hasattr(model, "make_cache"):
+        return model
+    found = copy.copy(model)
+    found.make_cache = lambda: [RotatingKVCache(size) for _ in model.layers]
+    return found
 
 
 def _boundaries(segments: list[Prompt]) -> list[int]:

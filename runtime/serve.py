@@ -86,8 +86,8 @@ class _Options:
             got = parse()
             if got.pipeline:
                 parser.error("--pipeline is not supported on rewritten models")
-            if got.vlm and (got.disk_cache or got.draft_model or got.kv_bits):
-                parser.error("--vlm: not with --disk-cache, --draft-model or --kv-bits")
+            if got.vlm and (got.disk_cache or got.draft_model):
+                parser.error("--vlm: not with --disk-cache or --draft-model")
             if got.kv_bits is not None and got.quantized_kv_start not in (0, start):
                 parser.error("--quantized-kv-start: pages are quantised from their first position")
             quantization(got.kv_bits, got.kv_group_size)  # raises RuntimeRefusal
@@ -357,7 +357,11 @@ def _require_caches(path: str, given: argparse.Namespace) -> None:
     Looks at the model without reading its weights, since the engine's thread could tell nobody.
     """
     asked = quantization(given.kv_bits, given.kv_group_size)
-    if asked is not None:
+    if asked is not None and given.vlm:
+        from .vision_serve import require_caches
+
+        require_caches(path, given)
+    elif asked is not None:
         model, _ = load_model(
             model_folder(path),
             generated=given.generated,

@@ -13,12 +13,15 @@ from mlx_lm.sample_utils import greedy_sampler
 from mlx_vlm import utils as upstream
 from mlx_vlm.generate.diffusion import is_diffusion_model
 from mlx_vlm.prompt_utils import apply_chat_template
+from mlxrewrite.kernels.ops import Quantization
 
 from .cache import PagedCache, cache_retentions
 from .decoding import PREFILL_CHUNK, Sampler
 from .errors import BadModel, RuntimeRefusal
 from .generate import Piece
 from .load import BROKEN, model_folder, said
+from .memory import footprint
+from .quantized import GROUP_SIZE, quantization
 from .vision import Prepared, VisionModel
 
 MOST_POSITIONS = 16384  # of a pool; prompts beyond it wait their turn
@@ -132,19 +135,27 @@ def decode(
     sampler: Sampler | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
     block_size: int = 16,
+    kv_bits: int | None = None,
+    kv_group_size: int = GROUP_SIZE,
 ) -> Iterator[tuple[int, int, str | None]]:
     """(prompt, token, why it ends or None) as they come, all prompts in one batch.
 
     A step has one row for each prompt that is being continued and up to `prefill_chunk` rows of
     prompts that are being read. Prompts that have no form by rows are read alone, or whole. A
-    prompt starts when there are blocks for all of it and `max_tokens` more.
+    prompt starts when there are blocks for all of it and `max_tokens` more. `kv_bits` (8 or 4)
+    keeps keys and values as codes of so many bits, `kv_group_size` of them with one scale.
+
+    Raises RuntimeRefusal where a model's caches are not quantised.
     """
     if max_tokens < 1 or prefill_chunk < 1:
         raise RuntimeRefusal("max_tokens and prefill_chunk: expected at least 1")
     needs = [-(-(len(prompt) + max_tokens) // block_size) + 1 for prompt in prompts]
     room = max(max(needs, default=1), min(sum(needs), MOST_POSITIONS // block_size))
     sizes = dict.fromkeys(cache_retentions(model), room)
-    cache = PagedCache(model, block_size, num_blocks=sizes or room)
+    codes = quantization(kv_bits, kv_group_size)
+    if codes is not None:
+        require_codes(model, block_size, codes)
+    cache = PagedCache(model, block_size, num_blocks=sizes or room, quantization=codes)
     choose = sampler or greedy_sampler
     waiting = list(range(len(prompts)))
     active: list[_Running] = []
@@ -211,6 +222,16 @@ def decode(
             yield one.index, token, reason
 
 
+def require_codes(model: VisionModel, block_size: int, codes: Quantization) -> None:
+    """Raise RuntimeRefusal, with the cache entry, where something is kept that is not quantised."""
+    if not model.rewritten:
+        raise RuntimeRefusal(
+            f"kv_bits: this model runs once per sequence, since {model.why}, over its own caches, "
+            "which are not quantised; leave kv_bits out"
+        )
+    footprint(model, block_size, quantization=codes)
+
+
 def _sampled(choose: Sampler, logits: mx.array) -> list[int]:
     chosen = choose(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
     values: list[int] = chosen.tolist()  # type: ignore[assignment]
@@ -225,8 +246,10 @@ def stream_generate(
     max_tokens: int = 256,
     sampler: Sampler | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
+    kv_bits: int | None = None,
+    kv_group_size: int = GROUP_SIZE,
 ) -> Iterator[Piece]:
-    """Pieces of text for all prompts as they come."""
+    """Pieces of text for all prompts as they come; see `decode`."""
     tokenizer = getattr(processor, "tokenizer", processor)
     criteria = getattr(tokenizer, "stopping_criteria", None)
     ends = tuple(criteria.eos_token_ids) if criteria is not None else (tokenizer.eos_token_id,)
@@ -242,6 +265,8 @@ def stream_generate(
         eos_token_ids=ends,
         sampler=sampler,
         prefill_chunk=prefill_chunk,
+        kv_bits=kv_bits,
+        kv_group_size=kv_group_size,
     ):
         text = texts[index]
         if reason != "stop":

@@ -20,9 +20,10 @@ from PIL import Image
 from .engine import Request
 from .errors import RuntimeRefusal
 from .load import model_folder, read_config
+from .quantized import quantization
 from .vision import Prepared, VisionModel
 from .vision_engine import PromptKeys, brought
-from .vision_generate import load, processed
+from .vision_generate import load, processed, require_codes
 
 
 class Prompts:
@@ -71,12 +72,7 @@ def load_served(path: str, given: Any, adapter_path: str | None = None) -> tuple
 
     Raises RuntimeRefusal for a model that runs once per sequence.
     """
-    model, processor = load(
-        path,
-        adapter_path=adapter_path,
-        generated=given.generated,
-        trust_remote_code=given.trust_remote_code,
-    )
+    model, processor = _load(path, given, adapter_path)
     if not model.rewritten:
         raise RuntimeRefusal(f"{path}: it runs once per sequence, since {model.why}; not served")
     folder = model_folder(path)
@@ -87,6 +83,22 @@ def load_served(path: str, given: Any, adapter_path: str | None = None) -> tuple
         folder, extra or None, eos_token_ids=read_config(folder).get("eos_token_id")
     )
     return model, tokenizer, Prompts(model, processor)
+
+
+def require_caches(path: str, given: Any) -> None:
+    """Raise RuntimeRefusal for a model whose caches are not quantised, if they are to be."""
+    codes = quantization(given.kv_bits, given.kv_group_size)
+    if codes is not None:
+        require_codes(_load(path, given)[0], given.block_size, codes)
+
+
+def _load(path: str, given: Any, adapter_path: str | None = None) -> tuple[VisionModel, Any]:
+    return load(
+        path,
+        adapter_path=adapter_path,
+        generated=given.generated,
+        trust_remote_code=given.trust_remote_code,
+    )
 
 
 def image_parts(messages: list[dict[str, Any]] | None) -> Iterator[dict[str, Any]]:

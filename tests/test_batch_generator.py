@@ -11,6 +11,7 @@ from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlxrewrite.runtime import batch_generator as module
 from mlxrewrite.runtime.batch_generator import PagedBatchGenerator
+from mlxrewrite.runtime.engine import Request
 from mlxrewrite.runtime.errors import RuntimeRefusal
 from mlxrewrite.runtime.load import rewritten_module
 from mlxrewrite.runtime.rebind import rebound
@@ -155,8 +156,8 @@ def test_bad_requests_change_nothing() -> None:
             mine.insert(**bad)
     with pytest.raises(RuntimeRefusal, match="does not fit"):
         mine.insert([[1], list(range(40))])
-    with pytest.raises(RuntimeRefusal, match="max_kv_size"):
-        PagedBatchGenerator(rewritten, max_kv_size=16)
+    with pytest.raises(RuntimeRefusal, match="max_kv_size: expected at least 1, got 0"):
+        PagedBatchGenerator(rewritten, max_kv_size=0)
     assert mine.next() == ([], [])
     assert mine.next_generated() == []
     assert mine.insert([[1]]) == [0]
@@ -268,3 +269,35 @@ def test_windows_by_an_exchanged_make_cache() -> None:
     rewritten.make_cache = lambda: [RotatingKVCache(max_size=6, keep=4) for _ in range(3)]
     with pytest.raises(RuntimeRefusal, match="keep=4"):
         PagedBatchGenerator(rewritten).insert(PROMPTS)
+
+
+def test_max_kv_size_makes_windows_as_upstream() -> None:
+    """Of models that make no caches of their own; the model itself stays as it is."""
+    original, rewritten = make_pair("plain", 3)
+    found = []
+    for made in (
+        BatchGenerator(original, max_tokens=14, max_kv_size=6),
+        PagedBatchGenerator(rewritten, max_tokens=14, max_kv_size=6, block_size=4),
+        PagedBatchGenerator(rewritten, max_tokens=14, block_size=4),
+    ):
+        made.insert(PROMPTS)
+        found.append(drain(made))
+        made.close()
+    theirs, mine, whole = map(tokens_of, found)
+    assert mine == theirs != whole
+    for uid in mine:
+        caches = (responses[uid][-1].prompt_cache for responses in found[:2])
+        for one, other in zip(*caches, strict=True):
+            assert isinstance(other, RotatingKVCache) and other.max_size == 6
+            assert one.offset == other.offset
+    # Blocks that left the window are given back.
+    engine = PagedBatchGenerator(rewritten, max_kv_size=6, block_size=4, num_blocks=8).engine
+    name = engine.add(Request(PROMPTS[0], 100))
+    assert len(engine.run()[name]) == 100
+    # A model that makes caches keeps them, as upstream.
+    _, windows = make_pair("shared_windows", 3)
+    plain = PagedBatchGenerator(windows, max_tokens=14)
+    same = PagedBatchGenerator(windows, max_tokens=14, max_kv_size=3)
+    for made in (plain, same):
+        made.insert(PROMPTS)
+    assert tokens_of(drain(same)) == tokens_of(drain(plain))

@@ -6,6 +6,7 @@ import pytest
 
 pytest.importorskip("mlx_vlm")
 import mlx.core as mx
+from mlx_lm.models.cache import KVCache, QuantizedKVCache
 from mlxrewrite.runtime.engine import Engine
 from mlxrewrite.runtime.errors import RuntimeRefusal
 from mlxrewrite.runtime.vision import VisionModel
@@ -107,3 +108,53 @@ def test_what_runs_once_per_sequence_is_refused():
     prepared = model.prepare(images[0][0], **images[0][1])
     with pytest.raises(RuntimeRefusal, match="runs once per sequence"):
         request(model, prepared, PromptKeys())
+
+
+def wide():
+    """A llava whose heads are whole groups of codes, and its prompts."""
+    config, images = read(FOLDER / "llava.json")
+    config["text_config"] |= {"hidden_size": 128, "num_attention_heads": 4}
+    model = VisionModel(build(config, 0))
+    assert model.rewritten
+    return model, [TEXTS[0], *images, TEXTS[1]]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_pages_of_codes_give_what_mlx_vlm_s_quantised_caches_give(bits):
+    """Alone, all at once, and with other requests in the engine."""
+    model, prompts = wide()
+    wanted, plain = [], []
+    for ids, inputs in prompts:
+        prepared = model.prepare(ids, **inputs)
+        for found, caches in ((wanted, True), (plain, False)):
+            held = [QuantizedKVCache(32, bits) if caches else KVCache() for _ in range(3)]
+            row, tokens = model.run_one(prepared, mx.array([ids], mx.int32), held, 0)[0, -1], []
+            for _ in range(6):
+                tokens.append(int(row.argmax()))
+                step = mx.array([tokens[-1:]], mx.int32)
+                row = model.run_one(prepared, step, held, len(ids) + len(tokens) - 1)[0, -1]
+            found.append((tokens, row))
+    codes = {"kv_bits": bits, "kv_group_size": 32}
+    prepared = [model.prepare(ids, **inputs) for ids, inputs in prompts]
+    said = {index: [] for index in range(len(prompts))}
+    for index, token, _ in decode(model, prepared, max_tokens=6, block_size=4, **codes):
+        said[index].append(token)
+    assert [said[index] for index in said] == [tokens for tokens, _ in wanted]
+    engine = Engine(model, block_size=4, num_blocks=64, max_rows=7, poison=True, **codes)
+    assert answers(engine, model, prompts) == [tokens for tokens, _ in wanted]
+    # Codes are not the values: the rows behind the answers differ, which plain pages would not.
+    pairs = zip(wanted, plain, strict=True)
+    assert max(mx.abs(one - other).max().item() for (_, one), (_, other) in pairs) > 1e-3
+
+
+def test_what_has_no_codes_is_refused_with_its_reason():
+    config, images = read(FOLDER / "paligemma.json")
+    model = VisionModel(build(config, 0))
+    prompt = model.prepare(images[0][0], **images[0][1])
+    with pytest.raises(RuntimeRefusal, match=r"kv_bits: .* runs once per sequence"):
+        next(decode(model, [prompt], max_tokens=2, kv_bits=8))
+    config, images = read(FOLDER / "llava.json")
+    model = VisionModel(build(config, 0))
+    prompt = model.prepare(images[0][0], **images[0][1])
+    with pytest.raises(RuntimeRefusal, match="heads of 8 are not groups of 64"):
+        next(decode(model, [prompt], max_tokens=2, kv_bits=8))

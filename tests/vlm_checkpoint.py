@@ -19,13 +19,18 @@ TEMPLATE = (
 )
 
 
-def make_checkpoint(folder: Path) -> Path:
-    """Write it into a folder that is there."""
+def make_checkpoint(folder: Path, wide: bool = False) -> Path:
+    """Write it into a folder that is there; `wide`: with heads of 32."""
     from PIL import Image
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     config, _ = read(FOLDER / "qwen2_vl.json")
+    if wide:
+        config["hidden_size"] = config["text_config"]["hidden_size"] = 128
+        config["vision_config"]["hidden_size"] = 128
+        for part in (config, config["text_config"]):
+            part["rope_scaling"]["mrope_section"] = [8, 4, 4]
     names = {
         config["image_token_id"]: IMAGE,
         config["video_token_id"]: VIDEO,
