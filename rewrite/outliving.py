@@ -84,6 +84,13 @@ def patches(module: ModuleFacts) -> Iterator[Diagnostic]:
                 for index, part in enumerate(plain)
                 if part.name in names[:index]
             )
+            defined = {"__call__", *(p.name for p in node.body if isinstance(p, Function))}
+            yield from (
+                _patch(module, part)
+                for part in node.body
+                if isinstance(part, Assign)
+                and any(to.op == "name" and to.data in defined for to in part.targets)
+            )
         elif isinstance(node, Assign):
             if all(target.op == "name" for target in node.targets):
                 continue

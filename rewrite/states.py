@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import cached_property
 
 from .ir import ClassFacts, Effect, Method, Value
-from .match import Mixer, callee_name, every_value, library_call
+from .match import NOT_FORWARD, Mixer, callee_name, every_value, library_call
 from .program import Program
 
 _CONVOLUTIONS = frozenset(
@@ -17,7 +17,8 @@ _LIBRARIES = (*_DELTA, "mlx_lm.models.ssm.", "mlx_vlm.models.ssm.")
 
 
 class Reach:
-    """The methods and functions a class's forward may run, its modules' forwards included."""
+    """The methods and functions a class's forward may run, those of its modules and of their bases
+    included."""
 
     def __init__(self, mixer: Mixer) -> None:
         self.mixer = mixer
@@ -26,10 +27,9 @@ class Reach:
     @cached_property
     def methods(self) -> list[Method]:
         found: dict[int, Method] = {id(m): m for m in self.mixer.methods}
-        for cls in self.program.reachable(self.mixer.cls).values():
-            for name in ("__call__",):
-                method = cls.methods.get(name)
-                if method is not None:
+        for cls in self._classes:
+            for name, method in cls.methods.items():
+                if name not in NOT_FORWARD:
                     found[id(method)] = method
         queue = list(found.values())
         while queue:
@@ -40,6 +40,13 @@ class Reach:
                     found[id(function)] = function
                     queue.append(function)
         return list(found.values())
+
+    @cached_property
+    def _classes(self) -> list[ClassFacts]:
+        """What the class is built from, and the bases of all that."""
+        built = self.program.reachable(self.mixer.cls).values()
+        lines = (owner for cls in built for owner in self.program.lineage(cls))
+        return list({cls.qualified: cls for cls in lines}.values())
 
     def calls(self) -> Iterator[Effect]:
         for method in self.methods:
@@ -59,7 +66,7 @@ class Reach:
         """The forward reads an attribute that __init__ made with one of the constructors."""
         names = {
             name
-            for cls in self.program.reachable(self.mixer.cls).values()
+            for cls in self._classes
             for name, made in cls.attributes.items()
             for value in (*made.walk(), *_appended(cls, name))
             if value.op == "call" and callee_name(self.program, value) in constructors

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from .cache import PagedCache
-from .compare import rewritten_logits
+from .compare import original_logits, rewritten_logits
 from .schedule import Schedule, Step
 from .verify import TOLERANCE, _models, _read, _retained, _schedule, _vocabulary, _windows
 
@@ -29,7 +29,8 @@ class Probe:
     """One changed token and the largest change of logits it made.
 
     `own` is that of its own row, `later` of later rows of its sequence, `earlier` of earlier ones,
-    `others` of rows of other sequences.
+    `others` of rows of other sequences. `ahead` is how much the original's earlier rows change in
+    the same chunks, asked only where ours do: some models see the rest of a chunk.
     """
 
     sequence: int
@@ -38,6 +39,7 @@ class Probe:
     later: float
     earlier: float
     others: float
+    ahead: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +55,15 @@ class TaintReport:
     def passed(self) -> bool:
         return bool(self.probes) and all(
             probe.own > self.allowed
-            and probe.earlier <= self.allowed
+            and (probe.earlier <= self.allowed or probe.ahead > self.allowed)
             and probe.others <= self.allowed
             for probe in self.probes
         )
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Rows see later ones of their chunk, as they do in the original."""
+        return any(probe.earlier > self.allowed for probe in self.probes) and self.passed
 
     def to_json(self) -> str:
         return json.dumps({**asdict(self), "passed": self.passed}, indent=1)
@@ -69,6 +76,8 @@ class TaintReport:
                 f"  token {p.position} of sequence {p.sequence}: own {p.own:.3g}, later "
                 f"{p.later:.3g}, earlier {p.earlier:.3g}, others {p.others:.3g}"
             )
+        if self.looks_ahead:
+            lines.append("  the original's rows see later ones of their chunk, too")
         return "\n".join(lines)
 
 
@@ -91,7 +100,7 @@ def taint(
     windows = tuple(sorted({*_windows(config), *_retained(rewritten)}))
     vocabulary = _vocabulary(config, original)
     schedule = _schedule(vocabulary, seed, windows, block_size)
-    return spread(where, rewritten, schedule, vocabulary, seed, block_size, probes)
+    return spread(where, rewritten, schedule, vocabulary, seed, block_size, probes, original)
 
 
 def spread(
@@ -102,11 +111,16 @@ def spread(
     seed: int = 0,
     block_size: int = 4,
     probes: int = PROBES,
+    original: Any = None,
 ) -> TaintReport:
-    """Run the schedule as it is and with each of `probes` tokens changed."""
+    """Run the schedule as it is and with each of `probes` tokens changed.
+
+    Where earlier rows change the `original`, if there is one, is asked whether its rows do.
+    """
     chance = random.Random(seed)
     before = _logits(model, schedule, block_size, seed)
-    allowed = TOLERANCE * float(np.concatenate(before).std())
+    rows = np.concatenate(before)
+    allowed = TOLERANCE * float(rows[np.isfinite(rows)].std())
     found = []
     for _ in range(probes):
         sequence = chance.randrange(schedule.num_sequences)
@@ -116,14 +130,19 @@ def spread(
         deltas = [_change(a, b) for a, b in zip(before, after, strict=True)]
         own = deltas[sequence]
         others = [float(d.max()) for i, d in enumerate(deltas) if i != sequence]
+        earlier, ahead = float(own[:position].max(initial=0)), 0.0
+        if earlier > allowed and original is not None:
+            one, two = (original_logits(original, s, "same")[sequence] for s in (schedule, changed))
+            ahead = float(_change(one, two)[:position].max(initial=0))
         found.append(
             Probe(
                 sequence,
                 position,
                 float(own[position]),
                 float(own[position + 1 :].max(initial=0)),
-                float(own[:position].max(initial=0)),
+                earlier,
                 max(others, default=0.0),
+                ahead,
             )
         )
     return TaintReport(name, sum(map(len, before)), tuple(found), allowed)

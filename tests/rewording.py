@@ -1,7 +1,8 @@
-"""Other words for the same program: names, imports, arguments, layout, classes.
+"""Other words for the same program: names, imports, arguments, layout, classes, files.
 
 Each way takes libcst's tree (or the text) and a source of chance and gives another text that does
 the same. What mlx_lm's loader and mlx fix (`Model`, `layers`, `cache`, ...) keeps its name.
+`split_over_files` gives two texts: that of the model, and of the file it imports its bases from.
 """
 
 from __future__ import annotations
@@ -440,3 +441,90 @@ def reworded(text: str, ways: Sequence[str], chance: Random) -> str:
         if name in ways:
             text = way(text, chance)
     return text
+
+
+# --------------------------------------------------------------------------- files
+
+
+def _names_used(function: cst.FunctionDef) -> set[str]:
+    """Names that the function's code asks for; those of annotations are never looked up."""
+    bare = function.visit(_Unannotated())
+    assert isinstance(bare, cst.FunctionDef)
+    attributes = {id(a.attr) for a in m.findall(bare, m.Attribute())}
+    keywords = {id(a.keyword) for a in m.findall(bare, m.Arg()) if a.keyword is not None}
+    return {
+        name.value
+        for name in m.findall(bare, m.Name())
+        if id(name) not in attributes and id(name) not in keywords
+    }
+
+
+class _Unannotated(cst.CSTTransformer):
+    def leave_Param(self, original_node: cst.Param, updated_node: cst.Param) -> cst.Param:
+        return updated_node.with_changes(annotation=None)
+
+    def leave_FunctionDef(
+        self, original_node: cst.FunctionDef, updated_node: cst.FunctionDef
+    ) -> cst.FunctionDef:
+        return updated_node.with_changes(returns=None)
+
+
+def _is_import(statement: cst.CSTNode) -> bool:
+    return m.matches(
+        statement, m.SimpleStatementLine([m.OneOf(m.Import(), m.ImportFrom()), m.ZeroOrMore()])
+    )
+
+
+def split_over_files(
+    text: str, chance: Random, sibling: str, only: Sequence[str] = ()
+) -> tuple[str, str]:
+    """Some methods of the modules go to bases in a file of their own, named by `sibling`.
+
+    Only methods go whose names are those of imports. With `only`, others than these stay. Raises
+    ValueError where none can go.
+    """
+    tree = cst.parse_module(text)
+    own = {s.name.value for s in tree.body if isinstance(s, (cst.ClassDef, cst.FunctionDef))}
+    own |= {
+        name.value
+        for s in tree.body
+        if isinstance(s, cst.SimpleStatementLine)
+        for target in m.findall(s, m.AssignTarget())
+        for name in m.findall(target, m.Name())
+    }
+    imports = [s for s in tree.body if _is_import(s)]
+    bases: list[cst.BaseStatement] = []
+    body: list[cst.BaseStatement] = []
+    for cls in tree.body:
+        if not isinstance(cls, cst.ClassDef) or not _is_module(cls):
+            body.append(cls)
+            continue
+        methods = [f for f in cls.body.body if isinstance(f, cst.FunctionDef)]
+        free = [f for f in methods if not (_names_used(f) & own)]
+        free = [f for f in free if not only or f.name.value in only]
+        setters = m.findall(cls, m.Decorator(m.Attribute()))
+        gone = [f for f in free if chance.random() < 0.5] if not setters else []
+        if not gone:
+            body.append(cls)
+            continue
+        base = f"{some_name(chance).title()}{cls.name.value}"
+        bases.append(
+            cls.with_changes(name=cst.Name(base), body=cst.IndentedBlock(gone), decorators=[])
+        )
+        left = [part for part in cls.body.body if part not in gone]
+        left = left or [cst.SimpleStatementLine([cst.Pass()])]
+        body.append(
+            cls.with_changes(bases=[cst.Arg(cst.Name(base))], body=cls.body.with_changes(body=left))
+        )
+    if not bases:
+        raise ValueError("no method can go to another file")
+    names = [cls.name.value for cls in bases if isinstance(cls, cst.ClassDef)]
+    line = f"from {sibling} import {', '.join(names)}\n"
+    place = max(i for i, s in enumerate(body) if _is_import(s)) + 1
+    body.insert(place, cst.parse_statement(line))
+    future = cst.parse_statement("from __future__ import annotations\n")
+    plain = [s for s in imports if "__future__" not in cst.Module([s]).code]
+    return (
+        tree.with_changes(body=body).code,
+        cst.Module([future, *plain, *bases]).code,
+    )

@@ -6,6 +6,8 @@ that matters.
 
 from __future__ import annotations
 
+import json
+import sys
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -16,7 +18,7 @@ from compiling import EXAMPLES, compile_text
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlxrewrite.cli import main
-from rewording import WAYS, reworded
+from rewording import WAYS, reworded, split_over_files
 
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "__init__")
 # Not refused, and with a config of a few thousand weights.
@@ -29,9 +31,15 @@ ways = st.lists(st.sampled_from(sorted(WAYS)), min_size=1, unique=True)
 chances = st.integers(0, 2**32 - 1)
 
 
-def outcome(text: str) -> tuple:
-    """What the compiler makes of a text, names left out."""
+# What builds a model, and is never rewritten itself.
+BUILDING = ("__init__", "sanitize", "layers", "make_cache")
+
+
+def outcome(text: str, parts: str = "") -> tuple:
+    """What the compiler makes of a text, names left out. `parts` is a file beside it."""
     with tempfile.TemporaryDirectory() as folder:
+        if parts:
+            (Path(folder) / "parts.py").write_text(parts)
         compiled = compile_text(Path(folder), text)
     assert not compiled.errors, compiled.errors
     assert compiled.emitted is not None
@@ -66,6 +74,40 @@ def same_logits(name: str, chosen: list[str], chance: int) -> None:
         assert main([str(source), "-o", str(made), "-q", "--no-cache"]) in (0, 1)
         report = verify(EXAMPLES / f"{name}.json", generated=made, source=source)
     assert report.passed, report.text()
+
+
+def split(name: str, chance: int, sibling: str, only: tuple[str, ...] = ()) -> tuple[str, str]:
+    """The example with some methods in another file, the first chances that move any."""
+    text = (EXAMPLES / f"{name}.py").read_text()
+    for more in range(100):
+        try:
+            return split_over_files(text, Random(chance + more), sibling, only)
+        except ValueError:
+            continue
+    return text, ""
+
+
+def same_logits_of_files(name: str, chance: int) -> str:
+    """A model in two files against itself; its route. The original is imported as it is written."""
+    from mlxrewrite.runtime.verify import verify
+
+    with tempfile.TemporaryDirectory() as temporary:
+        package = f"split{Path(temporary).name}"
+        source = Path(temporary) / package / f"{name}.py"
+        source.parent.mkdir()
+        text, parts = split(name, chance, f"{package}.parts")
+        source.write_text(text)
+        (source.parent / "parts.py").write_text(parts)
+        made = Path(temporary) / "made"
+        assert main([str(source), "-o", str(made), "-q", "--no-cache"]) in (0, 1)
+        route = json.loads((made / f"{name}.json").read_text())["route"]
+        sys.path.insert(0, temporary)
+        try:
+            report = verify(EXAMPLES / f"{name}.json", generated=made, source=source)
+        finally:
+            sys.path.remove(temporary)
+    assert report.passed, f"{text}\n{parts}\n{report.text()}"
+    return str(route)
 
 
 def few(number: int) -> settings:
@@ -110,6 +152,92 @@ def test_many_other_words_are_the_same_kind(name, chosen, chance):
 @given(name=st.sampled_from(RUNNING), chosen=ways, chance=chances)
 def test_many_other_words_give_the_same_logits(name, chosen, chance):
     same_logits(name, chosen, chance)
+
+
+# Its rope is made by a function that only a rewritten file replaces.
+SPLIT = sorted({*NAMES} - {"qk_norm"})
+
+
+@few(8)
+@given(name=st.sampled_from(SPLIT), chance=chances)
+def test_bases_in_another_file_are_the_same_kind(name, chance):
+    assert outcome(*split(name, chance, ".parts", BUILDING)) == original(name)
+
+
+@few(3)
+@given(name=st.sampled_from(RUNNING), chance=chances)
+def test_bases_in_another_file_give_the_same_logits(name, chance):
+    """Where a mixer's own forward is in the other file, which is not written, the whole model runs
+    once per sequence."""
+    same_logits_of_files(name, chance)
+
+
+@pytest.mark.slow
+@few(60)
+@given(name=st.sampled_from(SPLIT), chance=chances)
+def test_many_bases_in_another_file_are_the_same_kind(name, chance):
+    assert outcome(*split(name, chance, ".parts", BUILDING)) == original(name)
+
+
+@pytest.mark.slow
+@few(30)
+@given(name=st.sampled_from(RUNNING), chance=chances)
+def test_many_bases_in_another_file_give_the_same_logits(name, chance):
+    same_logits_of_files(name, chance)
+
+
+def test_a_rope_made_in_another_file_is_not_taken_for_a_rewritten_one():
+    route, _, notes, refused = outcome(*split("qk_norm", 1, ".parts", ("__init__",)))
+    assert (route, notes, refused) == ("model", ["token-count"], [])
+
+
+def test_a_split_that_changes_something_is_told_apart():
+    """The property can fail: a base in the other file that does something else."""
+    text, parts = split("short_conv", 1, ".parts", ("__init__",))
+    wrong = parts.replace("nn.Conv1d(", "nn.ConvTranspose1d(")
+    assert wrong != parts
+    assert outcome(text, wrong) != original("short_conv")
+
+
+def test_a_base_makes_the_convolution():
+    """Attributes that a base made were not seen by the kinds of recurrences."""
+    same_outcome("selective_scan", ["arguments", "bases"], 0)
+
+
+def entry(text: str) -> str:
+    """An example that mixes rows, with another end."""
+    given = (EXAMPLES / "row_mixing.py").read_text()
+    return given.replace("class Model(nn.Module)", "class Whole(nn.Module)") + text
+
+
+def test_an_entry_that_inherits_its_forward_runs_once_per_sequence(tmp_path):
+    """Nothing told such a model so: it ran at once over paged caches."""
+    from mlxrewrite.runtime.verify import verify
+
+    source = tmp_path / "row_mixing.py"
+    source.write_text(entry("\n\nclass Model(Whole):\n    pass\n"))
+    made = tmp_path / "made"
+    assert main([str(source), "-o", str(made), "-q", "--no-cache"]) == 0
+    report = verify(EXAMPLES / "row_mixing.json", generated=made, source=source)
+    assert report.passed and report.route == "model", report.text()
+
+
+@pytest.mark.parametrize(
+    ("text", "slug"),
+    [
+        ("class Model(Whole): pass\n", "sibling"),
+        ("class More:\n    pass\n\n\nclass Model(More, Whole):\n    pass\n", "sibling"),
+        ("class Model(Whole):\n    __call__ = Whole.__call__\n", "patched"),
+        (
+            "class Model(Whole):\n    def __call__(self, inputs, cache=None):\n"
+            "        return inputs\n\n    __call__ = Whole.__call__\n",
+            "patched",
+        ),
+    ],
+)
+def test_an_entry_without_a_forward_of_its_own_is_refused(text, slug):
+    route, _, _, refused = outcome(entry(f"\n\n{text}"))
+    assert route == "refused" and slug in refused
 
 
 def test_another_program_is_told_apart():

@@ -7,7 +7,18 @@ from collections.abc import Collection, Iterable, Mapping
 from ..drivers import driver_edits
 from ..edits import decorate, insert, replace, site_comment
 from ..heads import last_rows_edit
-from ..ir import ClassFacts, Diagnostic, Edit, Import, Match, ModuleFacts, Plan, Refusal, Verdict
+from ..ir import (
+    ClassFacts,
+    Diagnostic,
+    Edit,
+    Import,
+    Match,
+    Method,
+    ModuleFacts,
+    Plan,
+    Refusal,
+    Verdict,
+)
 from ..languages import contract, language_reasons, shared_state, unsuitable
 from ..match import place
 from ..outliving import outliving, outliving_around, outliving_in, patches
@@ -177,8 +188,10 @@ def _whole_model_plan(
         return Plan(name, "refused", (), (*refusals, Refusal(entry.qualified, kept)), notes, ())
     edits = _import_edits(program, module, targets, verdicts, paged=False)
     forward = entry.methods.get("__call__") if entry.module == name else None
-    if forward is not None and (forward.function.decorators or entry.syntax.decorators):
-        where = place(module.source, forward.function.name_span)
+    wrapped = forward or (None if entry.module != name else _original_forward(program, entry))
+    if wrapped is not None and (wrapped.function.decorators or entry.syntax.decorators):
+        known = entry.syntax if forward is None else forward.function
+        where = place(module.source, known.name_span)
         message = f"`{entry.name}.__call__` is decorated: what runs once per sequence is not all"
         refusal = Refusal(entry.qualified, (Diagnostic("patched", message, where, act="source"),))
         return Plan(name, "refused", (), (*refusals, refusal), notes, ())
@@ -188,12 +201,44 @@ def _whole_model_plan(
         edits.append(site_comment(source, forward.function.span, text, "per_sequence_model"))
         edits.append(decorate(source, forward, "per_sequence_model", "per_sequence_model"))
         edits += _new_imports(module, {"per_sequence_model"})
-    elif _inherits_paged_forward(program, entry, name, verdicts):
+    elif (
+        wrapped is not None
+        and _as_written(wrapped, name, verdicts)
+        and (at := _line(module, entry))
+    ):
+        base = module.source.text(entry.syntax.bases[0].span)
+        indent = module.source.indent(at)
+        line = f"{indent}__call__ = per_sequence_model({base}.__call__)\n"
+        text = f"{indent}# mlxrewrite: the whole model runs once per sequence\n"
+        edits.append(insert(module.source.line_start(at), text + line, "per_sequence_model"))
+        edits += _new_imports(module, {"per_sequence_model"})
+    elif _runs_at_once(program, entry, name, verdicts):
         where = place(module.source, entry.syntax.name_span)
-        message = f"`{entry.name}` inherits its forward method from a file that is rewritten"
+        message = f"`{entry.name}` has no forward method that can be told to run once per sequence"
         refusal = Refusal(entry.qualified, (Diagnostic("sibling", message, where),))
         return Plan(name, "refused", (), (*refusals, refusal), notes, ())
     return Plan(name, "model", (), tuple(refusals), notes, _sorted(edits))
+
+
+def _original_forward(program: Program, entry: ClassFacts) -> Method | None:
+    """The forward method that the entry has from its only base, if that is a name."""
+    found = program.method(entry, "__call__")
+    plain = len(entry.syntax.bases) == 1 and entry.syntax.bases[0].op in ("name", "attr")
+    return found[1] if found is not None and plain else None
+
+
+def _as_written(forward: Method, name: str, verdicts: Mapping[str, Verdict]) -> bool:
+    """The inherited method is the author's own: of this file, or of one that is not rewritten."""
+    home = (forward.owner or "").rpartition(".")[0]
+    return home == name or home not in verdicts
+
+
+def _line(module: ModuleFacts, entry: ClassFacts) -> int | None:
+    """Where the last statement of the class begins, if it has a line of its own."""
+    start = entry.syntax.body[-1].span.start
+    source = module.source
+    own = not source.data[source.line_start(start) : start].strip()
+    return start if own else None
 
 
 def _kept_state(program: Program, own: Verdict, matches: Iterable[Match]) -> tuple[Diagnostic, ...]:
@@ -214,12 +259,13 @@ def _kept_state(program: Program, own: Verdict, matches: Iterable[Match]) -> tup
     return tuple(_unique(found))
 
 
-def _inherits_paged_forward(
+def _runs_at_once(
     program: Program, entry: ClassFacts, name: str, verdicts: Mapping[str, Verdict]
 ) -> bool:
+    """Nothing here, nor in the file it comes from, makes the forward run once per sequence."""
     found = program.method(entry, "__call__")
     if found is None or found[0].module == name:
-        return False
+        return entry.module == name
     other = verdicts.get(found[0].module)
     return other is None or other.mode != "model"
 
