@@ -159,15 +159,16 @@ def outliving_around(program: Program, cls: ClassFacts) -> Iterator[Diagnostic]:
 
 
 def _before(modules: list[ModuleFacts]) -> frozenset[str]:
-    """Names of functions that are mentioned only by what runs before a forward pass."""
+    """Names of functions that are mentioned only by what runs before a forward pass, or nowhere
+    and put back weights: a loader calls those."""
     mentions: dict[str, set[str]] = {}  # name -> names of the functions that mention it
-    functions: set[str] = set()
+    functions: dict[str, list[Function]] = {}
     for module in modules:
         stack: list[tuple[object, str]] = [(part, "") for part in module.module.body]
         while stack:
             node, inside = stack.pop()
             if isinstance(node, Function):
-                functions.add(node.name)
+                functions.setdefault(node.name, []).append(node)
                 inside = inside or node.name
             elif isinstance(node, Expr) and node.op in ("name", "attr"):
                 mentions.setdefault(node.data, set()).add(inside)
@@ -175,15 +176,58 @@ def _before(modules: list[ModuleFacts]) -> frozenset[str]:
                 mentions.setdefault(node.data, set()).add(inside)  # getattr
             stack += [(part, inside) for part in _parts(node)]
     before = set(_BEFORE)
+    for name, found in functions.items():
+        if name not in mentions and all(map(_restores, found)):
+            before.add(name)
     while True:
         more = {
             name
-            for name in functions - before
+            for name in functions.keys() - before
             if not name.startswith("__") and mentions.get(name) and mentions[name] <= before
         }
         if not more:
             return frozenset(before)
         before |= more
+
+
+def _restores(function: Function) -> bool:
+    """`for n, w in self.part.parameters().items(): if n not in self: setattr(self, n, w)`, no more:
+    of what the model holds anyway, by a method that is given nothing."""
+    body = function.body
+    if function.decorators or len(function.parameters) != 1 or len(body) != 1:
+        return False
+    this, loop = function.parameters[0].name, body[0]
+    if not isinstance(loop, For) or loop.orelse or len(loop.body) != 1:
+        return False
+    names, test = list(_names(loop.target)), loop.body[0]
+    if not isinstance(test, If) or test.orelse or len(test.body) != 1 or len(names) != 2:
+        return False
+    store, weights = test.body[0], loop.iterable
+    for method in ("items", "parameters"):
+        if weights.op != "call" or len(weights.args) != 1 or weights.args[0].op != "attr":
+            return False
+        if weights.args[0].data != method:
+            return False
+        weights = weights.args[0].args[0]
+    return (
+        isinstance(store, Evaluate)
+        and weights.op == "attr"
+        and _is_name(weights.args[0], this)
+        and test.test.op == "compare"
+        and tuple(test.test.data) == ("not in",)
+        and _are_names(test.test.args, (names[0], this))
+        and store.value.op == "call"
+        and not any(store.value.data)
+        and _are_names(store.value.args, ("setattr", this, *names))
+    )
+
+
+def _are_names(found: tuple[Expr, ...], names: tuple[str, ...]) -> bool:
+    return len(found) == len(names) and all(map(_is_name, found, names))
+
+
+def _is_name(expr: Expr, name: str) -> bool:
+    return expr.op == "name" and expr.data == name
 
 
 def _definition(

@@ -33,11 +33,14 @@ vectors such as biases and sinks become 0.2 n.
 from __future__ import annotations
 
 import math
+import os
 import zlib
 
 import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
+
+from .errors import BadModel
 
 
 def randomise(model: nn.Module, seed: int) -> None:
@@ -51,6 +54,8 @@ def randomise(model: nn.Module, seed: int) -> None:
 
     Raises:
         ValueError: the model has no parameters, or the seed is out of range.
+        BadModel: the parameters do not fit into this machine's memory. They are lazy in a model
+            that was just built, and to compute larger ones can end the process.
     """
     if not 0 <= seed < 2**32:
         raise ValueError(f"expected a seed in [0, 2**32), got {seed}: pass a 32-bit number")
@@ -59,6 +64,12 @@ def randomise(model: nn.Module, seed: int) -> None:
         raise ValueError(
             f"expected a model with parameters, got {type(model).__name__} without any: "
             "build the model before calling randomise"
+        )
+    needed, there = 4 * sum(array.size for _, array in parameters), _memory()
+    if needed > there:
+        raise BadModel(
+            f"the weights of this {type(model).__module__} take {needed >> 30} GiB and this "
+            f"machine has {there >> 30}: does the config leave out a size with a large default?"
         )
     owners: dict[str, nn.Module] = dict(model.named_modules())
     fresh = []
@@ -72,6 +83,11 @@ def randomise(model: nn.Module, seed: int) -> None:
             fresh.append((path, _draw(path, owner, initial, _key(seed, path))))
     model.update(tree_unflatten(fresh))
     mx.eval(model.parameters())
+
+
+def _memory() -> int:
+    """Bytes of memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _key(seed: int, path: str) -> mx.array:

@@ -96,3 +96,35 @@ def test_closures_and_default_arguments(tmp_path):
         )
         emitted = compile_text(tmp_path, changed).emitted
         assert emitted is not None and emitted.plan.route == "refused"
+
+
+RESTORE = """
+    def restore(self):
+        for name, value in self.q_proj.parameters().items():
+            if name not in self:
+                setattr(self, name, value)
+
+"""
+STORE = "setattr(self, name, value)"
+RESTORED = {  # how: what of the method, put how instead, a line of the forward method, route
+    "by a loader": ("", "", "pass", "model"),
+    "by the forward method": ("", "", "self.restore()", "refused"),
+    "of something given": ("(self)", "(self, more)", "pass", "refused"),
+    "without a test": ("if name not in self", "if True", "pass", "refused"),
+    "of another object": (STORE, "setattr(self, name, LAST)", "pass", "refused"),
+    "under another name": (STORE, "setattr(self, 'last', value)", "pass", "refused"),
+    "with something more": (STORE, f"{STORE}; self.last = name", "pass", "refused"),
+    "of what it is told": (".parameters()", ".told()", "pass", "refused"),
+}
+
+
+@pytest.mark.parametrize("how", sorted(RESTORED))
+def test_weights_that_a_loader_puts_back_hold_nothing_of_a_sequence(tmp_path, how):
+    old, new, line, route = RESTORED[how]
+    method = RESTORE.replace(old, new) if old else RESTORE
+    assert (method != RESTORE) == bool(old)
+    start = "class Attention(nn.Module):\n"
+    text = WHOLE.replace(HEAD, f"        {line}\n{HEAD}").replace("@dataclass", GLOBALS, 1)
+    assert text.count(start) == 1
+    emitted = compile_text(tmp_path, text.replace(start, start + method)).emitted
+    assert emitted is not None and emitted.plan.route == route

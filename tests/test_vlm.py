@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import mlx.core as mx
 from metal_stand_ins import METAL_ONLY, standing_in
 from mlx.utils import tree_flatten
 from mlxrewrite.runtime.cache import PagedCache
-from mlxrewrite.runtime.errors import RuntimeRefusal
+from mlxrewrite.runtime.errors import BadModel, RuntimeRefusal
 from mlxrewrite.runtime.vision import VisionModel
 from mlxrewrite.runtime.vision_generate import decode, wrapped
 from mlxrewrite.runtime.vision_verify import build, verify
@@ -57,6 +58,14 @@ def test_metal_only_originals_run_nowhere_else(name):
     config, _ = read(FOLDER / f"{name}.json")
     with pytest.raises(RuntimeError, match="No Metal back-end"):
         verify(config)
+
+
+def test_weights_that_no_machine_holds_are_one_error():
+    """A table of mlx_vlm's deepseek_v41 has 384 million rows unless the config says
+    otherwise, and mlx_lm's config of that name does not: to compute them ends the process."""
+    config = json.loads((FOLDER.parent / "configs" / "deepseek_v41.json").read_text())
+    with pytest.raises(BadModel, match=r"deepseek_v41\.deepseek_v41 take 367 GiB"):
+        build(config, 0)
 
 
 TEXT = [
