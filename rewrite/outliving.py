@@ -345,9 +345,7 @@ def _computed_once(
             isinstance(part, Expr) and part.op in ("attr", "const") and part.data in attributes
             for part in below(node.value)
         )
-        callee = node.value.args[0] if node.value.op == "call" else None
-        if callee is not None and callee.op == "attr" and callee.data == "clip":
-            again = False  # of what was clipped before: the same
+        again = again and not _settles(node)
         plain = all(t.op in ("attr", "name") for t in _targets(node))
         if plain and attributes and not again and not given & _read(node.value):
             found.add(id(node))
@@ -368,10 +366,38 @@ def _computed_once(
     return found
 
 
+def _settles(node: Assign) -> bool:
+    """`w = mx.clip(w, a, b)` or `w = w.astype(t)`: of what was so before it is the same, and so are
+    several of them one after the other."""
+    if len(node.targets) != 1 or node.value is None or node.value.op != "call":
+        return False
+    callee, *given = node.value.args
+    if callee.op != "attr" or callee.data not in ("clip", "astype") or not given:
+        return False
+    changed, rest = (callee.args[0], given) if callee.data == "astype" else (given[0], given[1:])
+    target = _chain(node.targets[0])
+    inside = [part for expr in rest for part in below(expr)]
+    again = [p for p in inside if isinstance(p, Expr) and p.data == node.targets[0].data]
+    return target is not None and _chain(changed) == target and not again
+
+
+def _chain(expr: Expr) -> tuple[str, ...] | None:
+    """The names of `a.b.c`."""
+    names = []
+    while expr.op == "attr":
+        names.append(expr.data)
+        expr = expr.args[0]
+    return (expr.data, *reversed(names)) if expr.op == "name" else None
+
+
 def _told(nodes: list[object], kept: Assign, apart: set[int]) -> bool:
     """Something else tells whether an attribute has been kept before."""
     names = {target.data for target in _targets(kept) if target.op == "attr"}
     own = set(map(id, below(kept)))
+    if _settles(kept):
+        for node in nodes:
+            if isinstance(node, Assign) and _settles(node):
+                own |= set(map(id, below(node)))
     for node in nodes:
         if not isinstance(node, Expr) or id(node) in apart or id(node) in own:
             continue

@@ -61,6 +61,12 @@ class VisionReport:
 
 def build(config: Mapping[str, Any], seed: int) -> nn.Module:
     """The original model of a config, as mlx_vlm's loader builds it, with random weights."""
+    model = _built(config, seed)
+    randomise(model, seed)
+    return model
+
+
+def _built(config: Mapping[str, Any], seed: int) -> nn.Module:
     given = copy.deepcopy(dict(config))
     try:
         arch, _ = upstream.get_model_and_args(given)
@@ -75,7 +81,6 @@ def build(config: Mapping[str, Any], seed: int) -> nn.Module:
     except BROKEN as problem:
         raise BadModel(f"the config of {config.get('model_type')!r}: {said(problem)}") from problem
     model.eval()
-    randomise(model, seed)
     return model
 
 
@@ -96,7 +101,7 @@ def verify(
         config = json.loads(config.read_text())
     assert isinstance(config, Mapping)
     original = build(config, seed)
-    rewritten = build(config, seed)
+    rewritten = _built(config, seed)
     rewritten.update(original.parameters())
     model = VisionModel(rewritten, generated)
     vocabulary = _vocabulary(config, original)

@@ -24,6 +24,9 @@ KEEPS = {
     "attribute": "self.last = x",
     "attribute of a part": "self.rope.last = x",
     "counter": "self.calls = getattr(self, 'calls', 0) + 1",
+    "counter that is clipped": "self.n = mx.clip(self.n + 1, 0, 1000)",
+    "counter of another type": "self.n = (self.n + 1).astype(mx.int32)",
+    "clipped by itself": "self.n = mx.clip(self.n, self.n + 1, 1000)",
     "counter in place": "self.calls += 1",
     "flag": "self.seen = True",
     "flag that decides": "if not hasattr(self, 'w'):\n            self.w = self.scale\n"
@@ -56,6 +59,10 @@ FINE = {
     "weights, computed once": "self.w = self.scale * 2",
     "weights, computed once if missing": "if self.w is None:\n            self.w = self.scale * 2",
     "weights, clipped": "self.w = mx.clip(self.w, -1, 1)",
+    "weights of another type": "self.p.w = self.p.w.astype(mx.float32)",
+    "weights of another type, clipped": "self.p.w = self.p.w.astype(mx.float32)\n"
+    "        if self.most is not None:\n"
+    "            self.p.w = mx.clip(self.p.w, -self.most, self.most)",
     "comprehension": "seen = {i: x for i in range(2)}\n        seen[3] = x",
     "walrus": "y = [z := x]\n        z[0] = 0",
 }
