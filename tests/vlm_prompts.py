@@ -33,6 +33,7 @@ def prompt(
         for name, shape in item["random"].items()
     }
     inputs |= {name: mx.array(value) for name, value in item.get("given", {}).items()}
+    inputs |= {name: mx.ones(shape, mx.int32) for name, shape in item.get("ones", {}).items()}
     if item.get("mask"):
         inputs["mask"] = mx.ones((1, len(ids)), mx.int32)
     return ids, inputs
