@@ -137,8 +137,24 @@ def _only_speaks(expr: Expr) -> bool:
 
 
 def outliving_in(program: Program, cls: ClassFacts) -> Iterator[Diagnostic]:
-    """Where the methods of one class do."""
-    yield from _definition(program, program.modules[cls.module], cls.syntax, _BEFORE)
+    """Where the methods of one class do, those that it inherits, and the functions they call."""
+    for owner in program.lineage(cls):
+        module = program.modules[owner.module]
+        yield from _definition(program, module, owner.syntax, _BEFORE)
+        for function in _mentioned(module, owner):
+            yield from _definition(program, module, function, _BEFORE)
+
+
+def _mentioned(module: ModuleFacts, cls: ClassFacts) -> Iterator[Function]:
+    """Functions of a class's file that its text mentions, or that those mention in turn."""
+    own = {part.name: part for part in module.module.body if isinstance(part, Function)}
+    queue: list[object] = [cls.syntax]
+    while queue:
+        for part in below(queue.pop()):
+            if isinstance(part, Expr) and part.op in ("name", "attr") and part.data in own:
+                function = own.pop(part.data)
+                yield function
+                queue.append(function)
 
 
 def outliving_around(program: Program, cls: ClassFacts) -> Iterator[Diagnostic]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import types
 from functools import cache
+from pathlib import Path
 
 import pytest
 from mutation.corpus import config_names, config_of, mutants, sample
@@ -16,12 +18,14 @@ from mutation.judge import (
     MODEL,
     REFUSED,
     SILENT,
+    TOLERANCE,
     UNSTEADY,
     Judge,
     Verdict,
 )
 from mutation.operators import all_operators
 from mutation.report import Row, summary
+from mutation.running import Died, Job, rows_of
 from mutation.source import File
 from mutation.worlds import Library
 
@@ -208,3 +212,46 @@ def test_a_decorator_that_counts_calls_inside_a_mixer_is_refused():
 def test_a_mask_without_a_window_for_a_cache_with_one_is_refused():
     """One mask for all layers, of which some keep a window only."""
     never_wrong("nanochat", "make-cache-rotating-some", LOUD, MODEL, REFUSED)
+
+
+def test_a_count_of_calls_in_a_part_of_a_mixer_is_refused():
+    """The mixer runs as it is, once per sequence; what it is made of counts the calls of all."""
+    never_wrong("rwkv7", "subclass-counting", MODEL, REFUSED, LOUD)
+
+
+def test_an_embedding_read_past_its_end_is_no_reference():
+    """Token ids are added up: what lies behind the table is nobody's logits."""
+    verdict = verdicts("baichuan_m1", "subclass-last")[-1]
+    assert verdict.outcome == INVALID
+    assert "embedding" in verdict.reason
+
+
+def test_a_small_difference_that_is_none_of_rounding_is_told(monkeypatch):
+    """Less than ten times the tolerance, in one row of a model that rounding does not move."""
+    name = "llama"
+    right = Judge._rewritten
+
+    def wrong(self, rewritten, weights):
+        everything, last = right(self, rewritten, weights)
+        everything[0][-1, 0] += 2 * TOLERANCE * everything[0].std()
+        return everything, last
+
+    monkeypatch.setattr(Judge, "_rewritten", wrong)
+    assert judge(name).of({name: library().text(name)}).outcome == SILENT
+
+
+def test_a_few_processes_judge_as_one_does():
+    """Each gets its mutants and hands back its rows; none waits for ever."""
+    words = ["stablelm", "starcoder2", "--operator", "mask-none", "--jobs", "2"]
+    run = [sys.executable, "-m", "tests.mutation", *words]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(run, cwd=root, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "2 mutants of 2 files" in done.stdout
+
+
+def test_a_process_that_dies_is_told():
+    """A job whose config has no file: its process raises, and so does the run."""
+    jobs = [Job("no-such-config", (), 1, 0, 1), Job("no-such-file", (), 1, 0, 1)]
+    with pytest.raises(Died, match="no-such"):
+        list(rows_of(jobs, 2))

@@ -253,8 +253,8 @@ def _kept_state(program: Program, own: Verdict, matches: Iterable[Match]) -> tup
         found = list(outliving(program, modules))
     else:
         classes = [program.class_of(name) for name in sorted(_undriven_classes(matches))]
-        found = [d for cls in classes if cls is not None for d in outliving_in(program, cls)]
         built = [part for cls in classes if cls for part in program.reachable(cls).values()]
+        found = [d for cls in built for d in outliving_in(program, cls)]
         found += [d for cls in built for d in outliving_around(program, cls)]
     return tuple(_unique(found))
 

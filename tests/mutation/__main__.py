@@ -3,35 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import functools
-import multiprocessing
 import sys
 import time
-import types
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-from .corpus import EVERY_KIND, config_names, config_of, mutants, sample
-from .judge import BUG, KEPT, SILENT, Judge
+from .corpus import EVERY_KIND, config_names
+from .judge import BUG, SILENT
 from .operators import all_operators
-from .report import Key, Row, families, load, summary, table
 from .report import add as add_row
-from .source import File
-from .worlds import Library
-
-
-@dataclass(frozen=True)
-class Job:
-    """Some mutants of one config."""
-
-    config: str
-    operators: tuple[str, ...]
-    each: int | None
-    seed: int
-    limit: int | None
-    known: frozenset[Key] = frozenset()  # judged before
-    until: float = float("inf")  # a time
+from .report import families, load, summary, table
+from .running import Job, rows_of
 
 
 def main(words: list[str] | None = None) -> int:
@@ -62,7 +43,7 @@ def main(words: list[str] | None = None) -> int:
         Job(config, chosen, got.each or None, got.seed, got.limit or None, known, until)
         for config in got.configs or (config_names() if got.every_file else EVERY_KIND)
     ]
-    for row in _run(jobs, got.jobs):
+    for row in rows_of(jobs, got.jobs):
         rows.append(row)
         if got.json is not None:
             add_row(row, got.json)
@@ -98,62 +79,6 @@ def _operators(wanted: list[str]) -> tuple[str, ...]:
             raise SystemExit(f"no operator or family {name!r}: see --list")
         found += matching
     return tuple(found)
-
-
-def _run(jobs: list[Job], count: int) -> Iterator[Row]:
-    if count == 1:
-        for job in jobs:
-            yield from run(job)
-        return
-    context = multiprocessing.get_context("spawn")
-    # A fresh process for every file: compiled mutants leave classes and kernels behind.
-    with context.Pool(count, maxtasksperchild=1) as pool:
-        for found in pool.imap_unordered(_listed, jobs):
-            yield from found
-
-
-def _listed(job: Job) -> list[Row]:
-    return list(run(job))
-
-
-@functools.cache
-def _library() -> Library:
-    return Library()
-
-
-def run(job: Job) -> Iterator[Row]:
-    """Judge the mutants of one config, the unchanged file first."""
-    import mlx.core as mx
-
-    mx.disable_compile()  # on the CPU it costs a compiler run for every function and shape
-    sys.modules.setdefault("hf_olmo", types.ModuleType("hf_olmo"))
-    if time.time() > job.until:
-        return
-    library = _library()
-    name = job.config.split("@")[0]
-    file = File(name, library.text(name))
-    if job.limit is not None and not job.operators:
-        chosen = sample(library, job.config, job.limit, job.seed)
-    else:
-        chosen = list(mutants(library, job.config, job.operators, job.each, job.seed))[: job.limit]
-    chosen = [
-        m for m in chosen if (job.config, m.operator.name, m.number, job.seed) not in job.known
-    ]
-    if not chosen:
-        return
-    try:
-        judge = Judge(library, name, config_of(job.config), job.seed)
-        unchanged = judge.of({name: file.text})
-    except Exception as problem:
-        print(f"left out: {job.config}: {type(problem).__name__}: {problem}", flush=True)
-        return
-    if unchanged.outcome not in (KEPT, "whole model"):
-        print(f"left out: {job.config}: unchanged it is {unchanged}", flush=True)
-        return
-    for mutant in chosen:
-        if time.time() > job.until:
-            return
-        yield Row.of(mutant, judge.of(mutant.texts(file)), file, job.seed)
 
 
 if __name__ == "__main__":
