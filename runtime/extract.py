@@ -56,13 +56,15 @@ def length_of(caches: Sequence[Any], before: int) -> int:
     States do not say after how many positions they are: `before`, if that many are said to be in
     them, or one that stands for all, since nothing else in such caches depends on it.
     """
-    offsets = [
-        int(entry.offset)
-        for entry in _flat(caches)
-        if isinstance(getattr(entry, "offset", 0), int) and hasattr(entry, "offset")
-    ]
+    offsets, silent = [], []
+    for entry in _flat(caches):
+        offset = getattr(entry, "offset", None)
+        if isinstance(offset, int):  # whatever a cache that was cut back still has behind it
+            offsets.append(offset)
+        else:
+            silent.append(entry)
     found = max(offsets, default=0)
-    return max(before, 1) if not found and any(map(_arrays, _flat(caches))) else found
+    return max(before, 1) if not found and any(map(_arrays, silent)) else found
 
 
 def check(
