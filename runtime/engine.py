@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import operator
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import mlx.core as mx
+from mlx import nn
 from mlx_lm.generate import StopSequences
 from mlx_lm.sample_utils import greedy_sampler
 from mlxrewrite.kernels import policy
@@ -47,6 +49,7 @@ CLEAR_EVERY = 256  # steps
 ELASTIC_POSITIONS = 16384  # of a pool whose size nobody chose, if nothing needs more
 USUAL_TOKENS = 512  # of an answer
 LARGE_STEP = 256  # rows, more than those of requests that only continue
+TABLES = (nn.Embedding, nn.QuantizedEmbedding)  # rows of weights, one for each token
 UNKNOWN = -1  # stands for a token that only a prompt cache knows
 
 
@@ -222,11 +225,13 @@ class Engine:
         in_place = policy.writes_in_place()
         if max_rows is None:
             max_rows = max(2048 if in_place else 512, max_running)
-        for what, number in (("max_rows", max_rows), ("max_running", max_running)):
+        least = {"block_size": block_size, "max_rows": max_rows, "max_running": max_running}
+        for what, number in least.items():
             if number < 1:
                 raise RuntimeRefusal(f"{what}: expected at least 1, got {number}")
         self.model = model
         self.stats = Stats()
+        self._vocabulary = _vocabulary(model)
         self.max_rows = max_rows
         self._block_size = block_size
         self._max_running = min(max_running, max_rows)
@@ -288,6 +293,20 @@ class Engine:
         """Raise RuntimeRefusal if a prompt of so many tokens could never run."""
         if not self._elastic:
             _require(length, self._capacity())
+
+    def require_tokens(self, tokens: Sequence[int]) -> None:
+        """Raise RuntimeRefusal for tokens that the model does not have.
+
+        MLX does not look whether a row of a table is there, and may read beyond it.
+        """
+        if self._vocabulary and tokens:
+            least, most = min(tokens), max(tokens)
+            if least < 0 or most >= self._vocabulary:
+                raise RuntimeRefusal(
+                    f"token {least if least < 0 else most}: the model has tokens 0 to "
+                    f"{self._vocabulary - 1}; the tokenizer is not this model's, or has tokens "
+                    "that its embeddings lack"
+                )
 
     def known_length(self, tokens: Sequence[int]) -> int:
         """How many of a prompt's first tokens need not be computed now; never all of them."""
@@ -689,21 +708,23 @@ class Engine:
             raise RuntimeRefusal("an empty prompt: expected at least one token")
         if request.max_tokens < 1:
             raise RuntimeRefusal(f"max_tokens: expected at least 1, got {request.max_tokens}")
-        before = len(request.before)
-        held = 0 if request.caches is None else length_of(request.caches, before)
-        if request.caches is not None and not held and request.before:
+        prompt, said = _tokens(request.prompt), _tokens(request.before)
+        if request.prepared is None:
+            self.require_tokens([*said, *prompt])
+        held = 0 if request.caches is None else length_of(request.caches, len(said))
+        if request.caches is not None and not held and said:
             raise RuntimeRefusal("prompt caches: they are empty, and some tokens are said to be in")
-        unknown = held - len(request.before) if held else 0
+        unknown = held - len(said) if held else 0
         if unknown < 0:
             raise RuntimeRefusal(
-                f"prompt caches: they hold {held} positions and {len(request.before)} tokens are "
+                f"prompt caches: they hold {held} positions and {len(said)} tokens are "
                 "said to be in them"
             )
-        tokens = [UNKNOWN] * unknown + list(request.before) + list(request.prompt)
+        tokens = [UNKNOWN] * unknown + said + prompt
         return Prepared(
             tokens=tokens,
             limit=len(tokens) + request.max_tokens + request.keep,
-            stops=[unknown + len(request.before) + at for at in request.boundaries],
+            stops=[unknown + len(said) + at for at in request.boundaries],
             brought=Brought(list(request.caches or ()), held) if held else None,
             # Names of rows that are no text are good for this process only.
             nameless=unknown > 0 or (self._disk is not None and min(tokens) < 0),
@@ -840,6 +861,26 @@ def _require(length: int, capacity: int) -> None:
             "those of the tokens to come included; shorten the prompt or give the caches more "
             "memory"
         )
+
+
+def _tokens(given: Sequence[int]) -> list[int]:
+    """Tokens as a list of Python's numbers. Raises RuntimeRefusal for anything else."""
+    try:
+        return list(map(operator.index, given.tolist() if hasattr(given, "tolist") else given))
+    except TypeError as problem:
+        raise RuntimeRefusal(f"a prompt: expected the numbers of tokens, {problem}") from problem
+
+
+def _vocabulary(model: Any) -> int:
+    """How many tokens a model has, or more; 0 if that cannot be told.
+
+    The longest of its tables: a smaller one may be of positions, or a part of several processes.
+    """
+    language = getattr(model, "language", model)
+    modules = language.modules() if hasattr(language, "modules") else []
+    tables = [m.weight.shape[0] for m in modules if isinstance(m, TABLES)]
+    said = getattr(getattr(language, "args", None), "vocab_size", 0)
+    return max(*tables, said if isinstance(said, int) else 0) if tables else 0
 
 
 def _context(model: Any) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -64,14 +65,16 @@ class Chooser:
                 fresh = mx.concatenate([fresh, latest.astype(mx.int32)])
             history = self._history.update_and_fetch(fresh) if fresh.size else self._history.tokens
             self._seen += fresh.size
-        for processor in self.processors:
-            logits = processor(history, logits)
+        with _random_kept():
+            for processor in self.processors:
+                logits = processor(history, logits)
         return logits
 
     def draw(self, logprobs: mx.array) -> mx.array:
         """Tokens [n] of log-probabilities [n, V]."""
         if self.seed is None:
-            return self.sampler(logprobs)
+            with _random_kept():
+                return self.sampler(logprobs)
         # MLX has one random state, and no way to set it but a seed of 64 bits, which is the state.
         before = _as_seed(_random_state())
         mx.random.seed(self.seed if self._random is None else _as_seed(self._random))
@@ -81,6 +84,21 @@ class Chooser:
         finally:
             mx.random.seed(before)
         return tokens
+
+
+@contextmanager
+def _random_kept() -> Iterator[None]:
+    """Where the body raises, the random state is that of before.
+
+    mlx_lm's samplers are compiled over it: one that raises while it is traced leaves a tracer
+    there, and nobody could draw anything afterwards.
+    """
+    before = _random_state()
+    try:
+        yield
+    except BaseException:
+        mx.random.seed(_as_seed(before))
+        raise
 
 
 def _random_state() -> mx.array:

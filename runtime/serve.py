@@ -228,10 +228,12 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
         prompts = self.model_provider.prompts
+        seen = False
         if prompts is not None and request.request_type == "chat":
             from .vision_serve import image_parts, without_images
 
-            if any(image_parts(request.messages)):
+            seen = any(image_parts(request.messages))
+            if seen:
                 texts = replace(request, messages=without_images(request.messages))
                 state = super()._tokenize(tokenizer, texts, args)[3]
                 keys = prompts.read(request.messages)
@@ -250,6 +252,8 @@ class Generator(upstream.ResponseGenerator):  # type: ignore[misc]
             raise ValueError("an empty prompt: expected at least one token")
         if engine is not None:
             engine.require_room(len(prompt))
+            if not seen:  # rows of images have names of their own
+                engine.require_tokens(prompt)
         return found
 
     def generate(self, request: Any, generation_args: Any, progress_callback: Any = None) -> Any:
@@ -326,6 +330,18 @@ class Handler(upstream.APIHandler):  # type: ignore[misc]
         self.send_header("Content-Length", str(len(text)))
         self.end_headers()
         self.wfile.write(text)
+
+    def do_POST(self) -> None:
+        try:
+            super().do_POST()
+        except (
+            UnicodeDecodeError,
+            RecursionError,
+        ) as problem:  # only its reader of JSON raises them
+            self._set_completion_headers(400)
+            self.end_headers()
+            told = {"error": f"Invalid JSON in request body: {problem}"}
+            self.wfile.write(json.dumps(told).encode())
 
     def handle_models_request(self) -> None:
         listed = rebound(upstream.APIHandler.handle_models_request, scan_cache_dir=_downloaded)

@@ -262,6 +262,41 @@ def test_what_can_never_fit_is_refused_with_numbers() -> None:
     assert len(engine.run()[name]) == 20 - len(PROMPTS[0])
 
 
+@pytest.mark.parametrize("prompt", [[97], [3, 10**12], [-1], ["x"], [1.5], [[1]]])
+def test_what_is_no_token_of_the_model_is_refused(prompt: list[object]) -> None:
+    """MLX reads beyond the table of embeddings, and the process may end."""
+    original, rewritten = make_pair("plain", 3)
+    engine = Engine(rewritten, block_size=4)
+    with pytest.raises(RuntimeRefusal, match=r"tokens 0 to 96|numbers of tokens"):
+        engine.add(Request(prompt, 4))  # type: ignore[arg-type]
+    assert not engine.busy
+    cache = make_prompt_cache(original)
+    mx.eval(original(mx.array([[1, 2]]), cache=cache))
+    with pytest.raises(RuntimeRefusal, match="tokens 0 to 96"):
+        engine.add(Request([3], 4, caches=cache, before=[1, 97]))
+    name = engine.add(Request(mx.array([96, 5]), 4))  # type: ignore[arg-type]
+    assert engine.run()[name] == alone(original, [96, 5], 4)
+
+
+@pytest.mark.parametrize("drop", [0, 1, 2])
+def test_a_request_may_leave_while_its_prompt_is_read(drop: int) -> None:
+    """Also one whose blocks others took for their own beginning."""
+    original, rewritten = make_pair("plain", 3)
+    prompts = [PROMPTS[2], PROMPTS[2], PROMPTS[0]]
+    engine = Engine(rewritten, block_size=4, num_blocks=40, max_rows=4, max_running=4)
+    names = [engine.add(Request(prompt, 8)) for prompt in prompts]
+    for _ in range(3 + drop):
+        assert engine.step().tokens == []
+    assert len(engine.computed(names[0])) < len(PROMPTS[2])
+    engine.abort(names[drop])
+    found = engine.run()
+    for at, prompt in enumerate(prompts):
+        if at != drop:
+            assert found[names[at]] == alone(original, prompt, 8)
+    assert engine.store is not None
+    assert set(engine.store.cache.free_blocks.values()) == {40}
+
+
 def test_memory_is_what_was_asked_for() -> None:
     _, rewritten = make_pair("shared_windows", 3)
     engine = Engine(rewritten, block_size=4, kv_memory=200_000, max_running=3, max_rows=16)

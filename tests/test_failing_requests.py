@@ -12,6 +12,7 @@ import mlx.core as mx
 import pytest
 from engine_workloads import check_invariants
 from mlx_lm.generate import StopSequences, generate_step
+from mlx_lm.sample_utils import make_sampler
 from mlxrewrite.runtime.batch_generator import Failed, PagedBatchGenerator, batch_generate
 from mlxrewrite.runtime.decoding import Decoding
 from mlxrewrite.runtime.engine import Engine, Request
@@ -127,6 +128,25 @@ def test_one_sampler_of_several_requests_is_asked_for_each_alone() -> None:
     names = [engine.add(Request(p, max_tokens=6, sampler=single)) for p in PROMPTS]
     found = engine.run()
     assert [found[n] for n in names] == [alone(original, p, 6) for p in PROMPTS]
+
+
+def test_a_compiled_sampler_that_raises_leaves_the_random_state() -> None:
+    """mlx_lm compiles its samplers over the one random state that MLX has."""
+    _, rewritten = make_pair("plain", 3)
+    engine = Engine(rewritten, block_size=4, num_blocks=60)
+    fine = [engine.add(Request(p, 6, sampler=make_sampler(1.0, top_k=5))) for p in PROMPTS]
+    bad = engine.add(Request([8, 8, 1], 6, sampler=make_sampler(1.0, top_k=5000)))
+    tokens: dict[int, int] = dict.fromkeys([*fine, bad], 0)
+    failures = []
+    while engine.busy:
+        step = engine.step()
+        failures += step.failures
+        for event in step.tokens:
+            tokens[event.request] += 1
+    assert [failure.request for failure in failures] == [bad]
+    assert "top_k" in str(failures[0].error)
+    assert tokens == {**dict.fromkeys(fine, 6), bad: 0}
+    mx.eval(mx.random.uniform())
 
 
 def test_run_ends_the_others_and_raises() -> None:

@@ -165,11 +165,14 @@ def test_bad_requests_are_refused_and_nothing_breaks(server, original, tmp_path)
     for body, status in (
         (b'{"prompt": "x", ', 400),
         (b"[1]", 400),
+        (b"\xff\xfe{}", 400),
+        (b'{"prompt":' + b"[" * 100_000, 400),
         (b'{"prompt": "x", "max_tokens": 0}', 400),
         (b'{"prompt": "x", "temperature": "warm"}', 400),
         (b"{}", 400),
         (b'{"prompt": ""}', 404),
         (b'{"prompt": 7}', 404),
+        (b'{"prompt": "x", "temperature": 1, "top_k": 99999}', 500),
         (b'{"prompt": "x", "stop": [7]}', 404),
         (b'{"prompt": "x", "stop": [""]}', 404),
         (b'{"prompt": "x", "seed": -1}', 404),
@@ -183,6 +186,9 @@ def test_bad_requests_are_refused_and_nothing_breaks(server, original, tmp_path)
         code, text = post(server, "/v1/completions", body)
         assert code == status, (body, text)
         assert "error" in text
+    # Whoever draws after a sampler that failed.
+    body = b'{"prompt": "x", "temperature": 1, "top_k": 7, "max_tokens": 3}'
+    assert post(server, "/v1/completions", body)[0] == 200
     assert post(server, "/v1/elsewhere", b"{}")[0] == 404
     code, text = post(server, "/v1/completions", json.dumps({"prompt": "y" * 9000}).encode())
     assert code == 404
