@@ -14,7 +14,6 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import mlx.core as mx
-import numpy as np
 from mlxrewrite.kernels import arrays, policy
 from mlxrewrite.kernels.ops import Ragged
 from mlxrewrite.kernels.reference import first_seen
@@ -145,16 +144,19 @@ def attend_selected(
 
     if places.positions is None:
         return everything(ragged, queries)
-    rows = [ragged.starts[i : i + 2] for i, cut in enumerate(places.chosen) if cut]
+    chosen = places.ranked.chosen
+    if all(chosen):
+        return _selected(pool, ragged, queries, places, scale=scale)
+    rows = [ragged.starts[i : i + 2] for i, cut in enumerate(chosen) if cut]
     taken = dict(zip([start for start, _ in rows], _offsets(rows), strict=True))
-    mine = queries.join(ragged.once(("selected", places.chosen), lambda: _rows_of(rows)))
+    mine = queries.join(ragged.once(("selected", chosen), lambda: _rows_of(rows)))
     found = _selected(pool, ragged, mine, places, scale=scale)
 
     def part(sequence: int) -> mx.array:
         first = taken[ragged.starts[sequence]]
         return found[first : first + ragged.query_lens[sequence]]
 
-    return _apart(ragged, places.chosen, queries, part, everything)
+    return _apart(ragged, chosen, queries, part, everything)
 
 
 def _apart(
@@ -197,23 +199,12 @@ def _selected(
     """Absorbed attention of each row to its own places: [R, H, 1, Dv]."""
     positions, rank = places.positions, pool.rank
     assert positions is not None and rank is not None
-    if any(ragged.dropped):
-        raise TypeError("ranked positions may lie in blocks that were given back")
-    chosen = [i for i, cut in enumerate(places.chosen) if cut]
-    width, size = ragged.block_tables.shape[1], pool.block_size
-
-    def owners() -> mx.array:
-        lengths = [ragged.query_lens[i] for i in chosen]
-        return mx.array(np.repeat(np.array(chosen) * width, lengths).astype(np.int32))[:, None]
-
-    def limits() -> mx.array:
-        ends = [np.arange(*ragged.starts[i : i + 2]) for i in chosen]
-        return mx.array(ragged.host_positions[np.concatenate(ends)].astype(np.int32))[:, None]
-
-    first = ragged.once(("table starts", places.chosen), owners)
-    limit = ragged.once(("own positions", places.chosen), limits)
-    blocks = ragged.block_tables.reshape(-1)[first + positions // size]
-    slots, seen = blocks * size + positions % size, (positions <= limit)[:, None, None]
+    ranked, size = places.ranked, pool.block_size
+    assert ranked.tables is not None and ranked.own is not None
+    seen = (positions <= ranked.own)[:, None, None]
+    positions = mx.minimum(positions, ranked.own)  # behind it nothing may have been written
+    blocks = ragged.block_tables.reshape(-1)[ranked.tables + positions // size]
+    slots = blocks * size + positions % size
     content = queries.content
     if queries.up_keys is not None:
         content = _by_head(queries.up_keys, content)

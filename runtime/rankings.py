@@ -19,15 +19,64 @@ from .views import Handle
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Selection(Opaque):
-    """The positions that each row of a step attends to.
+class Ranked:
+    """Whose rows are ranked in a step, and what is known of those R rows.
 
-    `chosen` says for each sequence whether its rows are cut down; the others see all they may.
-    `positions` int32 [R, n] for the R rows of those that are, in their order; a row also gets
-    positions behind its own where it has too few, and must not look at them.
+    `chosen` says it of each sequence; `singles` are the numbers of the sequences among them that
+    have one row. `tables` int32 [R, 1] is where each row's table begins in the flat block table,
+    `own` int32 [R, 1] each row's position; None where no row is ranked. `rows` int32 and `ends`
+    int32 [n, 1, 1, 1] are the single rows and their sequences' lengths.
     """
 
     chosen: tuple[bool, ...]
+    singles: tuple[int, ...] = ()
+    tables: mx.array | None = None
+    own: mx.array | None = None
+    rows: mx.array | None = None
+    ends: mx.array | None = None
+
+    @staticmethod
+    def of(step: Ragged, count: int) -> Ranked:
+        """Sequences with more than `count` positions. Where all have single rows, all of them if
+        one is: such steps come again and again, and should be alike."""
+        chosen = tuple(end > count for end in step.context_lens)
+        if step.max_query_len == 1:
+            chosen = (any(chosen),) * len(chosen)
+        if not any(chosen):
+            return Ranked(chosen)
+        if any(step.dropped):
+            raise TypeError("ranked positions may lie in blocks that were given back")
+        mine = [i for i, cut in enumerate(chosen) if cut]
+        lengths = [step.query_lens[i] for i in mine]
+        rows = np.concatenate([np.arange(*step.starts[i : i + 2]) for i in mine])
+        tables = np.repeat(np.array(mine) * step.block_tables.shape[1], lengths)
+        singles = tuple(i for i in mine if step.query_lens[i] == 1)
+        first = np.array([step.starts[i] for i in singles])
+        ends = np.array([step.context_lens[i] for i in singles])
+        return Ranked(
+            chosen,
+            singles,
+            _ints(tables)[:, None],
+            _ints(step.host_positions[rows])[:, None],
+            _ints(first),
+            _ints(ends)[:, None, None, None],
+        )
+
+
+def _ints(values: np.ndarray) -> mx.array:
+    return mx.array(values.astype(np.int32))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Selection(Opaque):
+    """The positions that each row of a step attends to.
+
+    The rows of sequences in `ranked.chosen` are cut down, the others see all they may. `positions`
+    int32 [R, n] are those of the R rows that are, in their order; a row also gets positions behind
+    its own where it has too few, even behind its sequence's end, and must not look at them.
+    """
+
+    ranked: Ranked
     positions: mx.array | None
     ragged: Ragged
 
@@ -44,7 +93,7 @@ def paged_top_positions(
 
     A score is the sum over heads of max(q . k, 0) * w, with `queries` [T, H, 1, D] and `weights`
     [T, H, 1, 1], and `keys` what `update_and_fetch_index` returned. Sequences with no more than
-    `count` positions are not cut down.
+    `count` positions keep them all.
     """
     if not isinstance(keys, Handle) or keys.role != "index":
         raise TypeError(
@@ -61,53 +110,43 @@ def paged_top_positions(
         )
     ragged = keys.batch.ragged[leaf.group]
     assert ragged is not None  # the write of this step needed it
-    chosen = tuple(end > count for end in ragged.context_lens)
-    singles = tuple(i for i, cut in enumerate(chosen) if cut and ragged.query_lens[i] == 1)
+    ranked = ragged.ask(("ranked", count), lambda step: Ranked.of(step, count))
+    chosen, singles = ranked.chosen, ranked.singles
     found: dict[int, mx.array] = {}
     if singles:
-        best = _of_single_rows(leaf.pool, ragged, singles, queries, weights, count)
+        best = _of_single_rows(leaf.pool, ragged, ranked, queries, weights, count)
         found = {i: best[n : n + 1] for n, i in enumerate(singles)}
     for i, cut in enumerate(chosen):
         if cut and i not in found:
             found[i] = _of_many_rows(leaf.pool, ragged, i, queries, weights, count)
     parts = [found[i] for i in sorted(found)]
     if not parts:
-        return Selection(chosen, None, ragged)
+        return Selection(ranked, None, ragged)
     if len(parts) == len(singles):
-        return Selection(chosen, best, ragged)
-    return Selection(chosen, parts[0] if len(parts) == 1 else mx.concatenate(parts), ragged)
+        return Selection(ranked, best, ragged)
+    return Selection(ranked, parts[0] if len(parts) == 1 else mx.concatenate(parts), ragged)
 
 
 def _of_single_rows(
     pool: EntryPool,
     ragged: Ragged,
-    sequences: tuple[int, ...],
+    ranked: Ranked,
     queries: mx.array,
     weights: mx.array,
     count: int,
 ) -> mx.array:
     """One row each of several sequences, whose keys are gathered side by side: [sequences, n]."""
-    ends = [ragged.context_lens[i] for i in sequences]
-
-    def slots() -> mx.array:
-        packed = np.zeros((len(sequences), max(ends)), np.int32)
-        for row, i, end in zip(packed, sequences, ends, strict=True):
-            row[:end] = ragged.slots(i, 0, end)
-            row[end:] = row[0]
-        return mx.array(packed)
-
-    rows = ragged.once(
-        ("single rows", sequences),
-        lambda: mx.array(np.array([ragged.starts[i] for i in sequences], np.int32)),
-    )
-    last = ragged.once(
-        ("ends", sequences), lambda: mx.array(np.array(ends, np.int32))[:, None, None, None]
-    )
-    keys = pool.entries_at(ragged.once(("slots", sequences), slots))[:, None]
-    if len(sequences) < ragged.num_rows:
-        queries, weights = queries[rows], weights[rows]
+    assert ranked.rows is not None and ranked.ends is not None
+    tables, size = ragged.block_tables, pool.block_size
+    if len(ranked.singles) < ragged.num_sequences:
+        tables = tables[mx.array(ranked.singles, mx.int32)]
+    if len(ranked.singles) < ragged.num_rows:
+        queries, weights = queries[ranked.rows], weights[ranked.rows]
+    # Whole tables: what is behind a sequence's end may be anything and does not count.
+    slots = (tables[..., None] * size + mx.arange(size, dtype=mx.int32)).flatten(1)
+    keys = pool.entries_at(slots)[:, None]
     scores = _scores(queries, keys, weights).sum(axis=1, keepdims=True)
-    scores = mx.where(mx.arange(keys.shape[2]) < last, scores, -mx.inf)
+    scores = mx.where(mx.arange(keys.shape[2]) < ranked.ends, scores, -mx.inf)
     return _best(scores, count)[:, 0, 0]
 
 

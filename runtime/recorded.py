@@ -41,6 +41,7 @@ from .views import Leaf, StateLeaf, View
 
 MOST = 64  # shapes that are kept
 Path = tuple[int, ...]
+Asked = Mapping[object, Callable[[Ragged], Any]]
 
 
 def filled(rows: int) -> int:
@@ -81,7 +82,7 @@ class Recorder:
         self._states = states
         self._views = views
         self._most = most
-        self._asked: tuple[Mapping[object, Callable[[Ragged], Any]], ...] | None = None
+        self._asked: tuple[Asked, ...] | None = None
         self._shapes: OrderedDict[object, _Shape] = OrderedDict()
         self._problem: BaseException | None = None
 
@@ -91,8 +92,11 @@ class Recorder:
         return sum(shape.run is not None for shape in self._shapes.values())
 
     def learn(self, batch: Batch) -> None:
-        """Look at what a step of single rows asked of its blocks, after it was built."""
-        if self.lacking is not None or self._asked is not None or not policy.writes_in_place():
+        """Look at what a step of single rows asked of its blocks, after it was built.
+
+        What is asked may depend on what was answered, so that every such step is looked at.
+        """
+        if self.lacking is not None or not policy.writes_in_place():
             return
         if not isinstance(self._model, nn.Module):
             self.lacking = "the model is no module, so that its weights are not known"
@@ -100,12 +104,14 @@ class Recorder:
         if any(leaf.per_sequence for leaf in self._states.values()):
             self.lacking = "a mixer runs once per sequence"
             return
-        asked = []
+        asked: list[Asked] = []
         for ragged in batch.ragged:
             if ragged is None or ragged.asked is None:
                 self.lacking = "a mixer reads more of a step than its rows"
                 return
             asked.append(ragged.asked)
+        if self._asked is not None and len(self._asked) == len(asked):
+            asked = [{**old, **new} for old, new in zip(self._asked, asked, strict=True)]
         self._asked = tuple(asked)
 
     @property

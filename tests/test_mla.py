@@ -312,10 +312,20 @@ def test_a_latent_entry_is_as_wide_as_latent_and_rope_key():
 # ------------------------------------------------------------------------- ranked positions
 
 
-def test_the_best_positions_are_those_of_each_rows_own_sequence():
-    """Single rows side by side, several rows of one sequence, and sequences with too few."""
+@pytest.mark.parametrize(
+    ("lengths", "chosen"),
+    [
+        ([(1, 9), (4, 12), (1, 3), (1, 21), (2, 6)], (True, True, False, True, True)),
+        ([(1, 9), (1, 3), (1, 21)], (True, True, True)),
+        ([(1, 4), (1, 3), (1, 5)], (False, False, False)),
+    ],
+)
+def test_the_best_positions_are_those_of_each_rows_own_sequence(lengths, chosen):
+    """Single rows side by side, several rows of one sequence, and sequences with too few.
+
+    `lengths` are rows in the last step and positions. Single rows alone are all ranked, or none.
+    """
     size, count, width, heads = 4, 5, 16, 3
-    lengths = [(1, 9), (4, 12), (1, 3), (1, 21), (2, 6)]  # rows in the last step, positions
     chance = np.random.default_rng(3)
     blocks = list(chance.permutation(40))
     tables = [[int(blocks.pop()) for _ in range(-(-end // size))] for _, end in lengths]
@@ -344,14 +354,17 @@ def test_the_best_positions_are_those_of_each_rows_own_sequence():
         count,
         mask=MaskSpec(),
     )
-    assert best.chosen == (True, True, False, True, True)
+    assert best.ranked.chosen == chosen
+    if not any(chosen):
+        assert best.positions is None
+        return
     found, taken = np.array(best.positions), 0
     for i, (rows, end) in enumerate(lengths):
-        for row in range(rows) if best.chosen[i] else ():
+        for row in range(rows) if chosen[i] else ():
             at, position = step.starts[i] + row, end - rows + row
             products = np.einsum("hd,sd->hs", queries[at, :, 0], stored[i][: position + 1])
             scores = (np.maximum(products, 0) * weights[at, :, 0]).sum(0)
-            wanted = set(np.argsort(-scores)[:count].tolist())
+            wanted = set(np.argsort(-scores)[:count].tolist())  # all there are, of too few
             mine = {place for place in found[taken].tolist() if place <= position}
             assert wanted == mine, (i, row)
             taken += 1
@@ -460,7 +473,7 @@ def test_the_sweep_finds_from_where_a_form_is_faster(tmp_path):
 def test_ranked_positions_belong_to_their_step():
     content, rope = mx.zeros((1, 4, 1, 24)), mx.zeros((1, 4, 1, 8))
     one, two = handles("update_and_fetch_latents")
-    stale = rankings.Selection((False,), None, Ragged.build([1], [1], [[0]], 4))
+    stale = rankings.Selection(rankings.Ranked((False,)), None, Ragged.build([1], [1], [[0]], 4))
     for places in (stale, mx.zeros((1, 1, 1, 4), mx.int32)):
         with pytest.raises(TypeError, match="in this step"):
             latents.paged_latent_attention(

@@ -187,6 +187,7 @@ def test_sequences_of_their_own_run_as_before():
 
 KINDS = [
     "deepseek_v3",  # latents
+    "deepseek_v32@topk_7",  # ranked positions, of some steps
     "qwen3_next",  # gated delta net, convolution, paged attention
     "mamba2",  # state space dual
     "mamba",  # selective scan
@@ -317,6 +318,24 @@ def test_what_is_stale_shows(monkeypatch, name, part):
     monkeypatch.setattr(Recorder, "_recording", recording)
     with lazy_kernels(), pytest.raises(AssertionError):
         same_as_unrecorded(rewritten(name), 1)
+
+
+@pytest.mark.parametrize("lengths", [(3, 20, 3), (20, 3, 20)])
+def test_what_is_asked_may_change(lengths):
+    """Ranked positions: whether there are any decides what is asked of a step."""
+    model = rewritten("deepseek_v32@topk_7")
+    with lazy_kernels():
+        cache = PagedCache(model, 4, num_blocks=60)
+        for length in lengths:
+            name = cache.add_sequence()
+            cache.step({name: [1] * length})
+            before = cache.recorder.replayed
+            for token in range(4):
+                cache.step({name: [token]})
+            cache.free(name)
+            assert cache.recorder.lacking is None
+        assert cache.recorder.recorded <= 3  # one more, if a later question split a shape
+        assert cache.recorder.replayed >= before + 3
 
 
 def test_sequences_that_hold_different_things_run_as_before():
