@@ -5,11 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 import types
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
 import pytest
-from mutation.corpus import config_names, config_of, mutants, sample
+from mutation.corpus import Mutant, config_names, config_of, mutants, sample, stratified
 from mutation.judge import (
     BUG,
     INVALID,
@@ -36,6 +37,12 @@ FILES = (
     "rwkv7", "phi3", "llama4_text", "nanochat",
 )  # fmt: skip
 EACH = 5
+# Files that are judged quickly, for the sample of a hundred that every run of the suite judges.
+QUICK = (
+    "llama", "gemma2", "deepseek_v3", "cohere2", "gpt2", "mamba2", "mixtral", "stablelm", "lfm2",
+    "minicpm3", "starcoder2", "plamo", "phi3", "llama4_text", "nanochat", "mamba", "gpt_bigcode",
+    "recurrent_gemma", "dbrx", "olmo3",
+)  # fmt: skip
 
 
 @cache
@@ -79,6 +86,34 @@ def holds(rows: list[Row]) -> None:
 def test_there_are_enough_operators():
     assert len(all_operators()) >= 40
     assert len({operator.family for operator in all_operators().values()}) >= 8
+
+
+@cache
+def hundred() -> dict[str, list[Mutant]]:
+    return stratified(library(), QUICK, 5, seed=13)
+
+
+@cache
+def hundred_of(config: str) -> list[Row]:
+    file = File(config, library().text(config))
+    return [Row.of(m, judge(config).of(m.texts(file)), file) for m in hundred()[config]]
+
+
+@pytest.mark.parametrize("config", QUICK)
+def test_a_hundred(config):
+    wrong = [row.text() for row in hundred_of(config) if row.outcome in (SILENT, BUG)]
+    assert not wrong, "\n\n".join(wrong)
+
+
+def test_a_hundred_are_of_every_family_and_mean_something():
+    rows = [row for config in QUICK for row in hundred_of(config)]
+    known = all_operators()
+    counts = Counter(known[row.operator].family for row in rows if row.outcome != INVALID)
+    assert len({row.operator for row in rows}) == len(rows) == 100
+    assert counts.keys() == {operator.family for operator in known.values()}
+    outcomes = Counter(row.outcome for row in rows)
+    assert outcomes[INVALID] <= 25, summary(rows)
+    assert min(outcomes[KEPT], outcomes[MODEL]) >= 10, summary(rows)
 
 
 @pytest.mark.slow
@@ -217,6 +252,19 @@ def test_a_mask_without_a_window_for_a_cache_with_one_is_refused():
 def test_a_count_of_calls_in_a_part_of_a_mixer_is_refused():
     """The mixer runs as it is, once per sequence; what it is made of counts the calls of all."""
     never_wrong("rwkv7", "subclass-counting", MODEL, REFUSED, LOUD)
+
+
+@pytest.mark.parametrize("operator", ["fetch-getattr", "fetch-indexed"])
+def test_a_fetch_spelled_otherwise_is_kept(operator):
+    never_wrong("llama", operator, KEPT)
+
+
+def test_a_pair_taken_apart_the_wrong_way_is_told():
+    never_wrong("llama", "fetch-indexed-swapped", LOUD, MODEL, REFUSED)
+
+
+def test_keys_read_by_getattr_are_read():
+    never_wrong("llama", "read-getattr", MODEL, REFUSED, LOUD)
 
 
 def test_an_embedding_read_past_its_end_is_no_reference():

@@ -222,6 +222,9 @@ class _Evaluator:
                 return self.attribute(self.value(expr.args[0]), expr.data, expr.span)
             case "call":
                 args = tuple(self.value(part) for part in expr.args)
+                name = _attribute_named(args, expr)
+                if name is not None:
+                    return self.attribute(args[1], name, expr.span)
                 call = Value("call", args, expr.data, expr.span, expr)
                 self.effect("call", call)
                 return call
@@ -257,6 +260,8 @@ class _Evaluator:
             plain = not any(part.op == "star" for part in base.args)
             if plain and -len(base.args) <= key.data < len(base.args):
                 return base.args[key.data]
+        if _is_fetched_pair(base) and type(key.data) is int and key.data in (0, 1):
+            return Value("item", (base,), key.data, span)
         return Value("index", (base, key), None, span)
 
     @staticmethod
@@ -465,6 +470,28 @@ class _Evaluator:
                 self.env[name] = start
             elif value is not start:
                 self.env[name] = Value("loop", (start, value), None, span)
+
+
+def _attribute_named(args: tuple[Value, ...], call: Expr) -> str | None:
+    """The name in `getattr(x, "name")`, which is `x.name`: not with a default, and not with a
+    name that a class would mangle."""
+    if len(args) != 3 or any(call.data) or args[0].op != "global":
+        return None
+    if args[0].data != "builtins.getattr" or args[2].op != "const":
+        return None
+    name = args[2].data
+    plain = isinstance(name, str) and name.isidentifier() and not name.startswith("__")
+    return name if plain else None
+
+
+def _is_fetched_pair(value: Value) -> bool:
+    """`cache.update_and_fetch(k, v)`: a pair by protocol, so its parts are what it unpacks to."""
+    return (
+        value.op == "call"
+        and len(value.args) == 3
+        and value.args[0].op == "attr"
+        and value.args[0].data == "update_and_fetch"
+    )
 
 
 def _assigned(body: Sequence[Stmt]) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import random
 from collections.abc import Iterator, Sequence
@@ -71,7 +73,7 @@ def mutants(
 ) -> Iterator[Mutant]:
     """Mutants of the file of a config, at most `each` of an operator, chosen by the seed."""
     name = config.split("@", maxsplit=1)[0]
-    file = File(name, library.text(name))
+    file = _file(library, name)
     known = all_operators()
     for operator in map(known.__getitem__, operators or known):
         changes = list(enumerate(operator.apply(file)))
@@ -101,6 +103,36 @@ def sample(library: Library, config: str, count: int, seed: int) -> list[Mutant]
         name = operators[(start + i) % len(operators)]
         found += mutants(library, config, (name,), 1, seed)
     return found
+
+
+def stratified(
+    library: Library, configs: Sequence[str], each: int, seed: int
+) -> dict[str, list[Mutant]]:
+    """`each` mutants of the file of every config. Families take turns from one file to the next,
+    and no operator comes twice."""
+    chance = random.Random(seed)
+    waiting: dict[str, list[str]] = {}
+    for operator in all_operators().values():
+        waiting.setdefault(operator.family, []).append(operator.name)
+    for names in waiting.values():
+        chance.shuffle(names)
+    turns = itertools.cycle(waiting)
+    found: dict[str, list[Mutant]] = {config: [] for config in configs}
+    for config in configs:
+        for family in turns:
+            for name in waiting[family]:
+                if here := list(mutants(library, config, (name,), 1, seed)):
+                    waiting[family].remove(name)
+                    found[config] += here
+                    break
+            if len(found[config]) == each:
+                break
+    return found
+
+
+@functools.cache
+def _file(library: Library, name: str) -> File:
+    return File(name, library.text(name))
 
 
 def valid(mutant: Mutant, file: File) -> bool:
