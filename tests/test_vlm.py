@@ -190,6 +190,14 @@ def test_a_prompt_with_images_cannot_be_cut_where_the_model_runs_whole():
         cache.step({name: ids[:5]})
 
 
+def test_images_that_become_more_rows_than_their_tokens_are_refused():
+    config, _ = read(FOLDER / "llava_next.json")
+    model = VisionModel(build(config, 0))
+    pixels = mx.zeros((1, 1, 3, 16, 16))
+    with pytest.raises(RuntimeRefusal, match="a prompt of 4 tokens became"):
+        model.prepare([3, config["image_token_index"], 4, 5], pixel_values=pixels)
+
+
 @pytest.mark.parametrize("kind", ["nothing", "diffusion"])
 def test_what_does_not_append_tokens_is_refused(qwen, monkeypatch, kind):
     model = build(qwen[0], 0)
