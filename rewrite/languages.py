@@ -10,8 +10,20 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from .ir import ClassFacts, Contract, Diagnostic, Match, Method, Place, Refusal, Value, Verdict
+from .ir import (
+    Assign,
+    ClassFacts,
+    Contract,
+    Diagnostic,
+    Match,
+    Method,
+    Place,
+    Refusal,
+    Value,
+    Verdict,
+)
 from .match import ATTENTION_MASK, attends, callee_name, is_none_test, library_call, place
+from .outliving import below
 from .program import Program
 
 # The names by which mlx_vlm's generation hands these to a language model.
@@ -181,6 +193,31 @@ def shared_state(found: Iterable[Diagnostic]) -> tuple[Diagnostic, ...]:
         for d in found
         if d.slug != "patched" and not (d.slug == "state-on-self" and _KEPT.search(d.message))
     )
+
+
+def stores_beside(program: Program, entry: ClassFacts) -> Iterator[Diagnostic]:
+    """`logits[self.ids] = x` in a forward: numbers that the model keeps choose sequences, not ids.
+
+    There are as many of those as prompts in the batch, and mlx writes where it is told to: one
+    prompt's logits are lost, or memory of others is.
+    """
+    found = program.method(entry, "__call__")
+    if found is None:
+        return
+    owner, method = found
+    source = program.modules[owner.module].source
+    this = method.function.parameters[0].name
+    for node in below(method.function):
+        for target in node.targets if isinstance(node, Assign) else ():
+            if target.op != "subscript" or target.args[0].op != "name":
+                continue
+            index = target.args[1]
+            if index.op == "attr" and index.args[0].op == "name" and index.args[0].data == this:
+                message = f"`{source.text(target.span)}` chooses sequences by what the model keeps"
+                label = "of logits [B, L, V] this is axis 0, and mlx checks no bounds"
+                where = place(source, target.span)
+                nearest = f"{target.args[0].data}[..., {source.text(index.span)}]"
+                yield Diagnostic("row-mixing", message, where, label, nearest, act="source")
 
 
 def outside(program: Program, name: str, judged: Match | Refusal) -> Refusal:

@@ -114,7 +114,10 @@ def row(manifest: Path, found: dict[str, Any]) -> str:
     kinds = ", ".join(sorted({item["kind"] for item in content["classes"]}))
     note = ""
     if route in ("model", "refused", "none"):
-        slugs = [note["slug"] for note in content["notes"]]
+        told = [d for item in content["refused"] for d in item["diagnostics"]]
+        slugs = [
+            item["slug"] for item in [*content["notes"], *(told if route == "refused" else ())]
+        ]
         note = ", ".join(sorted(set(slugs)))
     elif not kinds:
         kinds = "those of the folder it imports"

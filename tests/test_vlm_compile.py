@@ -223,6 +223,21 @@ def test_state_in_a_container_of_the_model_is_refused(tmp_path):
     assert done.emitted.code is None
 
 
+@pytest.mark.parametrize(
+    ("store", "route"),
+    [("h[self.ids] = 0", "refused"), ("h[..., self.ids] = 0", "kernel"), ("h[0:1] = h", None)],
+)
+def test_logits_of_other_sequences_are_not_written(tmp_path, store, route):
+    text = LANGUAGE.replace(
+        "return LanguageModelOutput(logits=self.head(h))",
+        f"h = self.head(h)\n        {store}\n        return LanguageModelOutput(logits=h)",
+    )
+    plan = compiled(tmp_path, text).emitted.plan
+    assert route is None or plan.route == route
+    told = {d.slug for refusal in plan.refusals for d in refusal.diagnostics}
+    assert ("row-mixing" in told) == (route == "refused")
+
+
 def test_a_mixer_that_runs_once_per_sequence_holds_none_that_pages():
     package = locate("mlx_vlm.models").package
     plan = Compiler(package).compile("mlx_vlm.models.glm_moe_dsa.language").emitted.plan

@@ -11,7 +11,6 @@ MANIFESTS = sorted((TESTS.parent / "generated" / "mlx_vlm").glob("*/language.jso
 # Folders that run and have no config to compare them with.
 WITHOUT = {
     "diffusion_gemma": "generates by diffusion and is refused when loaded (docs/vlm.md)",
-    "phi3small": "the original ends the process on the CPU back end (docs/vlm.md)",
 }
 
 

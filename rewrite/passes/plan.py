@@ -19,7 +19,7 @@ from ..ir import (
     Refusal,
     Verdict,
 )
-from ..languages import contract, language_reasons, shared_state, unsuitable
+from ..languages import contract, language_reasons, shared_state, stores_beside, unsuitable
 from ..match import place
 from ..outliving import outliving, outliving_around, outliving_in, patches
 from ..program import Program
@@ -130,9 +130,11 @@ def plan(
     kept = _kept_state(program, own, matches)
     if in_place:
         kept = shared_state(kept)
-    if kept:
-        refusal = Refusal(own.entry.qualified if own.entry is not None else name, kept)
-        return Plan(name, "refused", (), (*refusals, refusal), own.reasons, ())
+    beside = tuple(stores_beside(program, own.entry)) if in_place and own.entry is not None else ()
+    if kept or beside:
+        owner = own.entry.qualified if own.entry is not None else name
+        refusal = Refusal(owner, (*kept, *beside))
+        return Plan(name, "refused", (), (*refusals, refusal), (*own.reasons, *beside), ())
     facts = contract(program, own.entry) if in_place and own.entry is not None else None
     if own.mode == "model" and in_place:
         return Plan(name, "model", (), tuple(refusals), own.reasons, (), facts)
