@@ -31,14 +31,15 @@ def paged_attention(
     mask: MaskSpec | None = None,
     sinks: mx.array | None = None,
     softcap: float | None = None,
-    tiled_heads: bool = False,
+    tiled_heads: int | None = None,
 ) -> mx.array:
     """Attend each row to its own sequence's pages: [T, Hq, 1, Dk] -> [T, Hq, 1, Dv].
 
     `keys` and `values` are what `update_and_fetch` returned, of this layer or of the one whose keys
     it shares; `cache` is ignored, since files pass None or another layer's. `softcap` squashes
-    scores to cap * tanh(scores / cap). With `tiled_heads` query head h reads key head h % Hkv
-    instead of h // (Hq / Hkv). The result has the promoted type of queries and pool.
+    scores to cap * tanh(scores / cap). With keys tiled `tiled_heads` times, which must
+    make one for each query head, query head h reads key head h % Hkv instead of h // (Hq / Hkv).
+    The result has the promoted type of queries and pool.
     """
     del cache
     if not (isinstance(keys, Handle) and isinstance(values, Handle)):
@@ -55,12 +56,19 @@ def paged_attention(
     heads, kv_heads = queries.shape[1], leaf.pool.pool.kv_heads
     ragged = keys.batch.ragged[leaf.group]
     assert ragged is not None  # the write of this step needed it
-    if tiled_heads:
-        queries = _swap_heads(queries, heads // kv_heads, kv_heads)
+    if tiled_heads is not None:
+        if tiled_heads * kv_heads != heads:
+            raise ValueError(
+                f"paged_attention: {kv_heads} key heads, tiled {tiled_heads} times, are not the "
+                f"{heads} of the queries"
+            )
+        queries = _swap_heads(queries, tiled_heads, kv_heads)
+        if sinks is not None:  # one for each query head
+            sinks = sinks.reshape(tiled_heads, kv_heads).swapaxes(0, 1).reshape(-1)
     out = leaf.pool.attend(
         queries, ragged, scale=scale, window=window, chunk=chunk, sinks=sinks, softcap=softcap
     )
-    return _swap_heads(out, kv_heads, heads // kv_heads) if tiled_heads else out
+    return out if tiled_heads is None else _swap_heads(out, kv_heads, tiled_heads)
 
 
 def _swap_heads(rows: mx.array, outer: int, inner: int) -> mx.array:

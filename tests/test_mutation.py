@@ -267,6 +267,24 @@ def test_keys_read_by_getattr_are_read():
     never_wrong("llama", "read-getattr", MODEL, REFUSED, LOUD)
 
 
+@pytest.mark.parametrize(
+    ("groups", "outcome"),
+    [("config.num_attention_heads // config.num_key_value_heads", KEPT), ("1", LOUD)],
+)
+def test_sinks_go_with_their_heads(groups, outcome):
+    """Tiled keys are read by queries in another order, and so are the sinks; keys tiled to fewer
+    heads than the queries have are read in a third order, and told."""
+    file = File("gpt_oss", library().text("gpt_oss"))
+    (tiled,) = mutants(library(), "gpt_oss", ("keys-tiled",))
+    text = tiled.texts(file)["gpt_oss"]
+    for name in "kv":
+        text = text.replace(f"q.shape[1] // {name}.shape[1]", "self.groups")
+    sinks = "        self.sinks ="
+    text = text.replace(sinks, f"        self.groups = {groups}\n{sinks}")
+    assert text.count("self.groups") == 3
+    assert judge("gpt_oss").of({"gpt_oss": text}).outcome == outcome
+
+
 def test_an_embedding_read_past_its_end_is_no_reference():
     """Token ids are added up: what lies behind the table is nobody's logits."""
     verdict = verdicts("baichuan_m1", "subclass-last")[-1]

@@ -64,7 +64,7 @@ class Attention(nn.Module):
 
         # mlxrewrite: repeated_keys reads its keys and values from pages
         out = paged_attention(
-            q, k, v, cache=cache, scale=self.scale, mask=attention_mask, tiled_heads=True
+            q, k, v, cache=cache, scale=self.scale, mask=attention_mask, tiled_heads=self.copies
         )
         out = out.transpose(0, 2, 1, 3).reshape(B, L, -1)
         return self.o_proj(out)

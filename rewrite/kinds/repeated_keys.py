@@ -1,8 +1,8 @@
 """repeated_keys: keys and values are repeated over the query heads after the fetch.
 
 Matches     `mx.tile(keys, [1, n, 1, 1])` (query head h reads key head h mod the number of key
-            heads) or `mx.repeat(keys, n, axis=1)` (h divided by the group) between fetch and
-            attention.
+            heads; n a number or kept on self) or `mx.repeat(keys, n, axis=1)` (h divided by the
+            group) between fetch and attention.
 Refuses     repeats along any other axis, and everything else done with fetched keys.
 Becomes     `paged_attention` on the keys as cached; the head order is an argument.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from ..attention import attend_sites, attention_match, fetched_flow
 from ..edits import add_argument, argument_text, replace
-from ..ir import Edit, Match, Miss, Value
+from ..ir import Edit, Match, Method, Miss, Value
 from ..match import Flow, Mixer, library_call
 from . import Counter, Example
 from .softmax_attention import _PLAIN
@@ -45,8 +45,13 @@ def match(mixer: Mixer) -> Match | Miss:
             return Miss(NAME, 2, "keys and values are repeated alike")
         edits = [_unrepeat(mixer, value) for value in found.foreign]
         if "tile" in orders.values():
+            counts = {_count(mixer, method, value) for value in found.foreign}
+            count = counts.pop()
+            if count is None or counts:
+                where = mixer.place(found.foreign[0])
+                return Miss(NAME, 2, "keys and values tiled by one number kept on self", where)
             edits += [
-                add_argument(attend.call, "tiled_heads=True", NAME)
+                add_argument(attend.call, f"tiled_heads={count}", NAME)
                 for attend in mixer.attends
                 if attend.method is method
             ]
@@ -68,6 +73,21 @@ def _order(mixer: Mixer, value: Value) -> str | None:
     if repeated and len(repeated) == 3 and repeated[2].op == "const" and repeated[2].data == 1:
         return "repeat"
     return None
+
+
+def _count(mixer: Mixer, method: Method, tiled: Value) -> str | None:
+    """How often heads are tiled, as text that means the same wherever the method reads it."""
+    count = tiled.args[2].args[1]
+    text = mixer.source.text(count.span)
+    if count.op == "const":
+        return text
+    names: list[str] = []
+    while count.op == "attr":
+        names.append(count.data)
+        count = count.args[0]
+    this = method.params[0]
+    chain = ".".join([this.data[1], *reversed(names)])
+    return text if names and count is this and text == chain else None
 
 
 def _unrepeat(mixer: Mixer, call: Value) -> Edit:
@@ -92,4 +112,5 @@ ACCEPTS = (
 REJECTS = (
     Counter("Mix", _PLAIN, "softmax_attention"),
     Counter("Mix", _TILED.replace("[1, 4, 1, 1]", "[1, 1, 4, 1]"), None),
+    Counter("Mix", _TILED.replace("[1, 4, 1, 1]", "[1, q.shape[1] // k.shape[1], 1, 1]"), None),
 )
