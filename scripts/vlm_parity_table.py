@@ -98,7 +98,7 @@ def measure(config: Path, seed: int) -> dict[str, Any]:
     wrong = sum(p.disagreeing for p in parts.values() if p is not None)
     return {
         "route": report.route,
-        "why": report.why,
+        "why": report.why.partition(":")[0],  # without a path
         "read": report.read,
         "passed": report.passed,
         "rows": rows,
