@@ -143,6 +143,38 @@ def test_clients_that_go_away_free_their_blocks(server) -> None:
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(leave, range(8)))
+    now = _idle(server)
+    ended = 'mlxrewrite_requests_finished_total{reason="aborted"}'
+    assert now[ended] > before.get(ended, 0)
+
+
+def test_64_clients_of_which_some_go_away(server, original) -> None:
+    """Those that stay get what they get alone, whoever leaves in mid-answer or before it."""
+
+    def ask(number):
+        prompt = f"{number} {'xyz ' * (number % 5)}"
+        goes, count = number % 3 == 0, 700 if number % 3 == 0 else 10 + number % 7
+        asker = client(server, timeout=300)
+        parts = asker.completions.create(
+            model="default_model", prompt=prompt, max_tokens=count, stream=True
+        )
+        if goes:
+            if number % 2:
+                next(iter(parts))
+            parts.response.close()
+            return None
+        return prompt, count, "".join(part.choices[0].text for part in parts)
+
+    with ThreadPoolExecutor(64) as pool:
+        found = [answer for answer in pool.map(ask, range(64)) if answer is not None]
+    assert len(found) == 42
+    for prompt, count, text in found:
+        assert text == expected(original, encoded(original, prompt), count)
+    _idle(server)
+
+
+def _idle(server):
+    """Wait until nobody is served any more, and see that no block is held."""
     for _ in range(300):
         now = server.metrics()
         if now["mlxrewrite_requests_running"] == now["mlxrewrite_requests_waiting"] == 0:
@@ -150,8 +182,7 @@ def test_clients_that_go_away_free_their_blocks(server) -> None:
         time.sleep(0.1)
     assert now["mlxrewrite_requests_running"] == 0
     assert now['mlxrewrite_blocks{group="full",state="held"}'] == 0
-    ended = 'mlxrewrite_requests_finished_total{reason="aborted"}'
-    assert now[ended] > before.get(ended, 0)
+    return now
 
 
 def post(server, path, body, headers=()):
