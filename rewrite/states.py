@@ -27,7 +27,7 @@ class Reach:
     @cached_property
     def methods(self) -> list[Method]:
         found: dict[int, Method] = {id(m): m for m in self.mixer.methods}
-        for cls in self._classes:
+        for cls in self.classes:
             for name, method in cls.methods.items():
                 if name not in NOT_FORWARD:
                     found[id(method)] = method
@@ -42,7 +42,7 @@ class Reach:
         return list(found.values())
 
     @cached_property
-    def _classes(self) -> list[ClassFacts]:
+    def classes(self) -> list[ClassFacts]:
         """What the class is built from, and the bases of all that."""
         built = self.program.reachable(self.mixer.cls).values()
         lines = (owner for cls in built for owner in self.program.lineage(cls))
@@ -66,9 +66,9 @@ class Reach:
         """The forward reads an attribute that __init__ made with one of the constructors."""
         names = {
             name
-            for cls in self._classes
+            for cls in self.classes
             for name, made in cls.attributes.items()
-            for value in (*made.walk(), *_appended(cls, name))
+            for value in (*made.walk(), *appended_to(cls, name))
             if value.op == "call" and callee_name(self.program, value) in constructors
         }
         return any(
@@ -131,7 +131,7 @@ def is_token_shift(program: Program, method: Method) -> bool:
     return False
 
 
-def _appended(cls: ClassFacts, name: str) -> Iterator[Value]:
+def appended_to(cls: ClassFacts, name: str) -> Iterator[Value]:
     """What __init__ appends to the list `self.<name>`."""
     init = cls.methods.get("__init__")
     for effect in init.calls() if init is not None else ():
