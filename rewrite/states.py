@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cached_property
 
+from .deltas import is_delta_rule
 from .ir import ClassFacts, Effect, Method, Value
 from .match import NOT_FORWARD, Mixer, callee_name, every_value, library_call
 from .program import Program
@@ -164,8 +165,18 @@ def _drops_last(value: Value) -> bool:
 
 
 def delta_updates(mixer: Mixer) -> list[Effect]:
-    """Calls of the gated delta rule by the class's own methods."""
-    return mixer.calls_into(_DELTA)
+    """Calls of the gated delta rule by the class's own methods: the library's, or a copy of it."""
+    found = []
+    for effect in (effect for method in mixer.methods for effect in method.calls()):
+        name = callee_name(mixer.program, effect.value) or ""
+        if name.startswith(_DELTA) or _is_copy(mixer.program, name):
+            found.append(effect)
+    return found
+
+
+def _is_copy(program: Program, name: str) -> bool:
+    function = program.function_of(name)
+    return function is not None and is_delta_rule(program, function)
 
 
 def delta_gate_is_per_channel(call: Value) -> bool:
