@@ -6,9 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from dataclasses import replace as replace_fields
 
+from .branches import decided, is_dead
 from .edits import receiver_text, rename_callee, replace, site_comment
-from .ir import Edit, Evidence, Match, Method, Miss, Site, Value
-from .match import Attend, Flow, Mixer, flow, live, method_call, uses
+from .ir import ClassFacts, Edit, Evidence, Match, Method, Miss, Site, Value
+from .match import Attend, Flow, Mixer, attends, flow, live, method_call, uses
+from .program import Program
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +30,42 @@ def fetched_flow(mixer: Mixer, method: Method, consumers: Iterable[Value] = ()) 
     roots += [v for a in calls for v in (a.keys, a.values) if live(v).op == "param"]
     returned, other = _handed_back(mixer, method)
     found = flow(mixer, method, [*roots, *returned], [*(a.call for a in calls), *consumers])
-    return replace_fields(found, foreign=(*found.foreign, *other)) if other else found
+    masks = mask_values(mixer.program, mixer.cls, method)
+
+    def decide(test: Value) -> bool | None:
+        return decided(mixer.program, test, masks)
+
+    dead = {id(e.value) for e in method.calls() if e.path.conditions and is_dead(e, decide)}
+    foreign = tuple(v for v in (*found.foreign, *other) if id(v) not in dead)
+    return replace_fields(found, foreign=foreign)
+
+
+def mask_values(program: Program, cls: ClassFacts, method: Method) -> frozenset[int]:
+    """Values of a method that are the mask of a fused attention call, in it or in the method of
+    its class that gets it back. On rows such a mask is no array and no word: the op that takes
+    its place refuses all but masks of rows."""
+    found = [a.mask for a in attends(program, method) if a.mask is not None]
+    for other in cls.methods.values() if not found else ():
+        for attend in attends(program, other):
+            for mask in _sources(attend.mask) if attend.mask is not None else ():
+                if mask.op != "item" or mask.args[0].op != "call":
+                    continue
+                if any(m is method for _, m in program.callees(mask.args[0], cls, other)):
+                    found += [
+                        effect.value.args[mask.data]
+                        for effect in method.returns
+                        if effect.value.op == "tuple" and mask.data < len(effect.value.args)
+                    ]
+    return frozenset(id(source) for mask in found for source in _sources(mask))
+
+
+def _sources(mask: Value) -> list[Value]:
+    """What a mask is, before branches and cuts."""
+    if mask.op == "phi":
+        return [source for part in mask.args[1:] for source in _sources(part)]
+    if mask.op == "index":
+        return _sources(mask.args[0])
+    return [mask] if mask.op in ("param", "item") else []
 
 
 def _handed_back(mixer: Mixer, method: Method) -> tuple[list[Value], list[Value]]:

@@ -8,8 +8,10 @@ ids, and nothing else, so branches that need more are dead here.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
+from .attention import mask_values
+from .branches import decided, live_values
 from .ir import (
     Assign,
     ClassFacts,
@@ -22,7 +24,7 @@ from .ir import (
     Value,
     Verdict,
 )
-from .match import ATTENTION_MASK, attends, callee_name, is_none_test, library_call, place
+from .match import ATTENTION_MASK, callee_name, is_none_test, place
 from .outliving import below
 from .program import Program
 
@@ -346,8 +348,9 @@ def _host_positions(
         return _is_position(value, handed=handed)
 
     source = program.modules[cls.module].source
-    masks = mask_parameters(program, cls, method)
-    for value in _live_values(lambda test: _decide(program, test, top, masks), method):
+    masks = mask_values(program, cls, method)
+    known = _entry_test if top else None
+    for value in live_values(method, lambda test: decided(program, test, masks, known)):
         message = None
         if value.op == "call":
             callee = value.args[0]
@@ -390,72 +393,8 @@ def _is_position(value: Value, depth: int = 0, handed: frozenset[str] = frozense
     return False
 
 
-def _live_values(decide: Callable[[Value], bool | None], method: Method) -> Iterator[Value]:
-    """Values of a method that can come to be, with tests as `decide` knows them."""
-    seen: set[int] = set()
-    for effect in method.effects:
-        if any(decide(test) is (not held) for test, held in effect.path.conditions):
-            continue
-        roots = [effect.value, effect.target, *(test for test, _ in effect.path.conditions)]
-        stack = [root for root in roots if root is not None]
-        while stack:
-            value = stack.pop()
-            if id(value) in seen:
-                continue
-            seen.add(id(value))
-            yield value
-            if value.op == "phi" and (known := decide(value.args[0])) is not None:
-                stack.append(value.args[1] if known else value.args[2])
-            else:
-                stack.extend(value.args)
-
-
-def mask_parameters(program: Program, cls: ClassFacts, method: Method) -> frozenset[int]:
-    """Parameters of a method that are the mask of a fused attention call, in it or in the method
-    of its class that gets it back. On rows such a mask is no array and no word: the op that takes
-    its place refuses all but masks of rows."""
-    found = [a.mask for a in attends(program, method) if a.mask is not None]
-    for other in cls.methods.values() if not found else ():
-        for attend in attends(program, other):
-            mask = attend.mask
-            if mask is None or mask.op != "item" or mask.args[0].op != "call":
-                continue
-            if any(m is method for _, m in program.callees(mask.args[0], cls, other)):
-                found += [
-                    effect.value.args[mask.data]
-                    for effect in method.returns
-                    if effect.value.op == "tuple" and mask.data < len(effect.value.args)
-                ]
-    masks: set[int] = set()
-    while found:
-        value = found.pop()
-        if value.op == "param":
-            masks.add(id(value))
-        elif value.op == "phi":
-            found += value.args[1:]
-        elif value.op == "index":
-            found.append(value.args[0])
-    return frozenset(masks)
-
-
-def _decide(program: Program, test: Value, top: bool, masks: frozenset[int]) -> bool | None:
-    """How a test ends, if that follows from what is passed to an entry's forward (`top`), or from
-    what masks are on rows."""
-    if test.op == "bool":
-        sides = [_decide(program, part, top, masks) for part in test.args]
-        stop = bool(test.data == "or")
-        if stop in sides:
-            return stop
-        return None if None in sides else not stop
-    if test.op == "unary" and test.data == "not":
-        inner = _decide(program, test.args[0], top, masks)
-        return None if inner is None else not inner
-    asked = library_call(program, test, "builtins.isinstance")
-    if asked and len(asked) == 2 and id(asked[0]) in masks and asked[1].op == "global":
-        if program.resolve(asked[1].data) in ("mlx.core.array", "builtins.str"):
-            return False
-    if not top:
-        return None
+def _entry_test(test: Value) -> bool | None:
+    """How a test ends, if that follows from what is passed to an entry's forward."""
     none = is_none_test(test)
     if none is not None and test.op == "compare":
         given, is_none = _optional(none[0]), none[1]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+from .branches import decided, is_dead
 from .ir import ClassFacts, Effect, Evidence, Method, Place, Source, Span, Value
 from .program import Program
 
@@ -42,8 +43,11 @@ VIEW_ATTRIBUTES = frozenset(
         "make_mask",
     }
 )
+# Methods of a cache of states that work one out and keep it.
+STATE_UPDATES = frozenset({"update_window", "update_recurrent"})
 # What only a cache answers: these make a value a cache wherever they are read.
-CACHE_ATTRIBUTES = VIEW_ATTRIBUTES | frozenset({"advance", "lengths", "left_padding", "trim"})
+CACHE_ATTRIBUTES = VIEW_ATTRIBUTES | STATE_UPDATES
+CACHE_ATTRIBUTES |= frozenset({"advance", "lengths", "left_padding", "trim"})
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -98,6 +102,7 @@ class Mixer:
         self.fetches = [f for m in self.methods for f in self._fetches(m)]
         self.attends = [a for m in self.methods for a in attends(program, m)]
         self.state_stores = [s for m in self.methods for s in self._state_stores(m)]
+        self.state_updates = [u for m in self.methods for u in self._state_updates(m)]
         self.state_loads = self._state_loads()
 
     # ----------------------------------------------------------------- caches
@@ -146,11 +151,21 @@ class Mixer:
             target = effect.target
             if effect.kind != "store" or target is None or target.op != "index":
                 continue
+            if is_dead(effect, lambda test: decided(self.program, test)):
+                continue
             if is_pipeline_tail(self.program, effect) or _is_word(target.args[1]):
                 continue
             base = live(target.args[0])
             if any(id(part) in self.caches for part in _through(base)):
                 yield effect
+
+    def _state_updates(self, method: Method) -> Iterator[Effect]:
+        """`cache.update_window(...)`: the cache keeps a state by itself."""
+        for effect in method.calls():
+            callee = effect.value.args[0]
+            if callee.op == "attr" and callee.data in STATE_UPDATES:
+                if self.is_cache(callee.args[0]):
+                    yield effect
 
     def _state_loads(self) -> list[Value]:
         """`cache[i]` where the element is used as an array."""
@@ -196,7 +211,7 @@ class Mixer:
     @property
     def mixes(self) -> bool:
         """The class does something about tokens that the rest of a model does not."""
-        return bool(self.fetches or self.attends or self.state_stores)
+        return bool(self.fetches or self.attends or self.state_stores or self.state_updates)
 
     # ----------------------------------------------------------------- calls
 

@@ -14,7 +14,8 @@ from .per_sequence import per_sequence
 SITE = "per_length"
 CONVOLUTION = "mlx.nn.Conv1d"
 # mlx_vlm's recurrences can read and write a cache by themselves, and keep more than one state.
-_ELSEWHERE = frozenset({"*", "**", "cache", "cache_index", "state_steps"})
+_ELSEWHERE = frozenset({"*", "**", "state_steps"})
+_CACHED = frozenset({"cache", "cache_index"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,18 +31,22 @@ class Ops:
 
 
 def recurrences(
-    mixer: Mixer, calls: Iterable[Effect], names: Collection[str], op: str, kind: str
+    mixer: Mixer, calls: Iterable[Effect], names: Collection[str] | None, op: str, kind: str
 ) -> Ops:
     """A library's recurrence becomes an op that takes the same arguments.
 
     `names` are the library's function; calls of others stay, and so do calls with unpacked
-    arguments, and those that leave the state to a cache.
+    arguments, and those that leave the state to a cache. With None, all calls are of that function,
+    and the op keeps states in a cache as it does.
     """
     sites: list[Site] = []
     edits: list[Edit] = []
     for effect in calls:
         call = effect.value
-        if callee_name(mixer.program, call) not in names or _ELSEWHERE & set(call.data):
+        given = set(call.data)
+        if _ELSEWHERE & given or (names is not None and _CACHED & given):
+            continue
+        if names is not None and callee_name(mixer.program, call) not in names:
             continue
         text = f"{kind} works out a prompt in chunks, and a token in one step"
         edits.append(site_comment(mixer.source, effect, text, kind))

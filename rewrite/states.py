@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cached_property
 
+from .deltas import is_delta_rule
 from .ir import ClassFacts, Effect, Method, Value
 from .match import NOT_FORWARD, Mixer, callee_name, every_value, library_call
 from .program import Program
@@ -27,7 +28,7 @@ class Reach:
     @cached_property
     def methods(self) -> list[Method]:
         found: dict[int, Method] = {id(m): m for m in self.mixer.methods}
-        for cls in self._classes:
+        for cls in self.classes:
             for name, method in cls.methods.items():
                 if name not in NOT_FORWARD:
                     found[id(method)] = method
@@ -42,7 +43,7 @@ class Reach:
         return list(found.values())
 
     @cached_property
-    def _classes(self) -> list[ClassFacts]:
+    def classes(self) -> list[ClassFacts]:
         """What the class is built from, and the bases of all that."""
         built = self.program.reachable(self.mixer.cls).values()
         lines = (owner for cls in built for owner in self.program.lineage(cls))
@@ -66,9 +67,9 @@ class Reach:
         """The forward reads an attribute that __init__ made with one of the constructors."""
         names = {
             name
-            for cls in self._classes
+            for cls in self.classes
             for name, made in cls.attributes.items()
-            for value in (*made.walk(), *_appended(cls, name))
+            for value in (*made.walk(), *appended_to(cls, name))
             if value.op == "call" and callee_name(self.program, value) in constructors
         }
         return any(
@@ -131,7 +132,7 @@ def is_token_shift(program: Program, method: Method) -> bool:
     return False
 
 
-def _appended(cls: ClassFacts, name: str) -> Iterator[Value]:
+def appended_to(cls: ClassFacts, name: str) -> Iterator[Value]:
     """What __init__ appends to the list `self.<name>`."""
     init = cls.methods.get("__init__")
     for effect in init.calls() if init is not None else ():
@@ -164,8 +165,18 @@ def _drops_last(value: Value) -> bool:
 
 
 def delta_updates(mixer: Mixer) -> list[Effect]:
-    """Calls of the gated delta rule by the class's own methods."""
-    return mixer.calls_into(_DELTA)
+    """Calls of the gated delta rule by the class's own methods: the library's, or a copy of it."""
+    found = []
+    for effect in (effect for method in mixer.methods for effect in method.calls()):
+        name = callee_name(mixer.program, effect.value) or ""
+        if name.startswith(_DELTA) or _is_copy(mixer.program, name):
+            found.append(effect)
+    return found
+
+
+def _is_copy(program: Program, name: str) -> bool:
+    function = program.function_of(name)
+    return function is not None and is_delta_rule(program, function)
 
 
 def delta_gate_is_per_channel(call: Value) -> bool:

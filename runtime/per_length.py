@@ -57,6 +57,25 @@ class BatchedState:
     def __bool__(self) -> bool:
         return True
 
+    def update_window(
+        self, index: int, source: mx.array, width: int, *, lengths: mx.array | None = None
+    ) -> mx.array:
+        """Keep the last `width` positions of source [N, width + L, ...]."""
+        if lengths is not None or not 0 <= width <= source.shape[1]:
+            raise ValueError(f"state {index}: the last {width} of {source.shape[1]} positions")
+        state = mx.contiguous(source[:, source.shape[1] - width :])
+        self[index] = state
+        return state
+
+    def update_recurrent(
+        self, index: int, length: int, update: Callable[..., Any]
+    ) -> tuple[mx.array, mx.array]:
+        """Keep the second of what `update(state, None)` returns."""
+        del length
+        output, state = update(self[index], None)[:2]
+        self[index] = state
+        return output, state
+
     def advance(self, N: int) -> None:
         """Upstream counts padding down here; there is none."""
 

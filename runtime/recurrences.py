@@ -57,13 +57,24 @@ def delta_rule(
     use_kernel: bool = True,
     lower_bound: float | None = None,
     allow_neg_eigval: bool = False,
+    cache: Any = None,
+    cache_index: int = 1,
 ) -> tuple[mx.array, mx.array]:
     """`mlx_lm.models.gated_delta.gated_delta_update`, without padding: chunks, or one token.
 
     q, k [N, L, Hk, Dk]; v [N, L, Hv, Dv]; a [N, L, Hv] or, with a decay for each channel,
-    [N, L, Hv, Dk]; b [N, L, Hv]; state [N, Hv, Dv, Dk] float32.
+    [N, L, Hv, Dk]; b [N, L, Hv]; state [N, Hv, Dv, Dk] float32. With a cache, the state is entry
+    `cache_index` of it, before and after; ValueError if one is given as well.
     """
     _no_padding(mask)
+    if cache is not None:
+        if state is not None:
+            raise ValueError("delta_rule: a state beside a cache that holds it")
+        y, cache[cache_index] = delta_rule(
+            q, k, v, a, b, A_log, dt_bias, cache[cache_index],
+            use_kernel=use_kernel, lower_bound=lower_bound, allow_neg_eigval=allow_neg_eigval,
+        )  # fmt: skip
+        return y, cache[cache_index]
     log_decay, beta = delta.delta_gates(
         a, b, A_log, dt_bias, lower_bound=lower_bound, allow_neg_eigval=allow_neg_eigval
     )

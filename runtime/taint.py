@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,11 @@ PROBES = 4
 class Probe:
     """One changed token and the largest change of logits it made.
 
-    `own` is that of its own row, `later` of later rows of its sequence, `earlier` of earlier ones,
-    `others` of rows of other sequences. `ahead` is how much the original's earlier rows change in
-    the same chunks, asked only where ours do: some models see the rest of a chunk.
+    `position` is -1 where the pixels of a prompt were changed, not a token; `own` is then that of
+    all its rows. Otherwise `own` is that of its own row, `later` of later rows of its sequence,
+    `earlier` of earlier ones, `others` of rows of other sequences. `ahead` is how much the
+    original's earlier rows change in the same chunks, asked only where ours do: some models see the
+    rest of a chunk.
     """
 
     sequence: int
@@ -72,8 +75,9 @@ class TaintReport:
         lines = [f"{self.model}: {'rows are independent' if self.passed else 'ROWS MIX'}"]
         lines.append(f"  rows          {self.rows}, allowed change {self.allowed:.3g}")
         for p in self.probes:
+            what = "pixels" if p.position < 0 else f"token {p.position}"
             lines.append(
-                f"  token {p.position} of sequence {p.sequence}: own {p.own:.3g}, later "
+                f"  {what} of sequence {p.sequence}: own {p.own:.3g}, later "
                 f"{p.later:.3g}, earlier {p.earlier:.3g}, others {p.others:.3g}"
             )
         if self.looks_ahead:
@@ -117,23 +121,42 @@ def spread(
 
     Where earlier rows change the `original`, if there is one, is asked whether its rows do.
     """
+
+    def alone(schedule: Schedule, sequence: int) -> np.ndarray:
+        return original_logits(original, schedule, "same")[sequence]
+
+    def run(schedule: Schedule) -> list[np.ndarray]:
+        return paged_logits(model, schedule, block_size, seed)
+
+    given = alone if original is not None else None
+    return compared(name, run, schedule, vocabulary, seed, probes, given)
+
+
+def compared(
+    name: str,
+    run: Callable[[Schedule], list[np.ndarray]],
+    schedule: Schedule,
+    vocabulary: int,
+    seed: int,
+    probes: int,
+    alone: Callable[[Schedule, int], np.ndarray] | None,
+) -> TaintReport:
+    """`spread` of what gives the logits of a schedule; `alone` those of one sequence's original."""
     chance = random.Random(seed)
-    before = _logits(model, schedule, block_size, seed)
-    rows = np.concatenate(before)
-    allowed = TOLERANCE * float(rows[np.isfinite(rows)].std())
+    before = run(schedule)
+    allowed = TOLERANCE * spread_of(before)
     found = []
     for _ in range(probes):
         sequence = chance.randrange(schedule.num_sequences)
         position = chance.randrange(len(before[sequence]))
-        changed = _changed(schedule, sequence, position, vocabulary)
-        after = _logits(model, changed, block_size, seed)
-        deltas = [_change(a, b) for a, b in zip(before, after, strict=True)]
+        other = _changed(schedule, sequence, position, vocabulary)
+        deltas = changes(before, run(other))
         own = deltas[sequence]
         others = [float(d.max()) for i, d in enumerate(deltas) if i != sequence]
         earlier, ahead = float(own[:position].max(initial=0)), 0.0
-        if earlier > allowed and original is not None:
-            one, two = (original_logits(original, s, "same")[sequence] for s in (schedule, changed))
-            ahead = float(_change(one, two)[:position].max(initial=0))
+        if earlier > allowed and alone is not None:
+            (delta,) = changes([alone(schedule, sequence)], [alone(other, sequence)])
+            ahead = float(delta[:position].max(initial=0))
         found.append(
             Probe(
                 sequence,
@@ -148,6 +171,17 @@ def spread(
     return TaintReport(name, sum(map(len, before)), tuple(found), allowed)
 
 
+def spread_of(logits: list[np.ndarray]) -> float:
+    """The standard deviation of all finite logits."""
+    rows = np.concatenate(logits)
+    return float(rows[np.isfinite(rows)].std())
+
+
+def changes(before: list[np.ndarray], after: list[np.ndarray]) -> list[np.ndarray]:
+    """The largest change in each row of each sequence."""
+    return [_change(a, b) for a, b in zip(before, after, strict=True)]
+
+
 def _change(one: np.ndarray, two: np.ndarray) -> np.ndarray:
     """The largest change in each row; infinite where a logit became finite or ceased to be."""
     same = np.isfinite(one) == np.isfinite(two)
@@ -157,7 +191,8 @@ def _change(one: np.ndarray, two: np.ndarray) -> np.ndarray:
     return result
 
 
-def _logits(model: Any, schedule: Schedule, block_size: int, seed: int) -> list[np.ndarray]:
+def paged_logits(model: Any, schedule: Schedule, block_size: int, seed: int) -> list[np.ndarray]:
+    """Each sequence's logits from a model over shuffled pages with NaN in free ones."""
     blocks = schedule.peak_blocks(block_size) + 2
     cache = PagedCache(model, block_size, num_blocks=blocks, poison=True, shuffle_seed=seed)
     return rewritten_logits(cache, schedule)

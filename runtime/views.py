@@ -78,10 +78,23 @@ class Handle(Opaque):
         return f"<paged {self.role} of cache entry {self.leaf.entry}>"
 
 
-class View:
-    """One entry of the cache list during one step."""
+# What caches keep under private names: code that sets one of these means the cache, not a mark.
+_KEPT = frozenset({"_idx", "_offset", "_lengths", "_left_padding", "_right_padding"})
 
-    __slots__ = ("batch", "entry", "path", "spec")
+
+class View:
+    """One entry of the cache list during one step.
+
+    A model may leave marks on it, under private names: what it worked out for this step's rows.
+    """
+
+    __slots__ = ("__dict__", "batch", "entry", "path", "spec")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        known = hasattr(type(self), name)
+        if not known and (not name.startswith("_") or name in _KEPT):
+            raise AttributeError(f"{self!r} has no attribute {name!r} to set")
+        object.__setattr__(self, name, value)
 
     def __init__(self, spec: Spec | None, batch: Batch, entry: int, path: tuple[int, ...]) -> None:
         self.spec = spec

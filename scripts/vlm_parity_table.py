@@ -66,12 +66,14 @@ def config_of(folder: str) -> Path | None:
     return SHARED / f"{known[folder]}.json" if folder in known else None
 
 
-def apart(configs: Mapping[str, Path], seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def apart(
+    configs: Mapping[str, Path], seed: int, script: str = __file__
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """`measure` in another process: a new one goes on behind a folder that ended it."""
     left = list(configs)
     while left:
         words = [str(configs[name]) for name in left]
-        command = [sys.executable, __file__, "--seed", str(seed), "--measure", *words]
+        command = [sys.executable, script, "--seed", str(seed), "--measure", *words]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             for line in process.stdout:

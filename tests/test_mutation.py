@@ -306,6 +306,22 @@ def test_a_small_difference_that_is_none_of_rounding_is_told(monkeypatch):
     assert judge(name).of({name: library().text(name)}).outcome == SILENT
 
 
+def test_a_row_that_rounding_does_not_move_is_not_excused_by_others(monkeypatch):
+    """The first row of a model whose later rows rounding moves by more than it is changed."""
+    name = "bailing_moe_linear"
+    right = Judge._rewritten
+
+    def wrong(self, rewritten, weights):
+        everything, last = right(self, rewritten, weights)
+        everything[0][0, 0] += 1.6 * TOLERANCE * everything[0].std()
+        return everything, last
+
+    monkeypatch.setattr(Judge, "_rewritten", wrong)
+    file = File(name, library().text(name))
+    (changed,) = mutants(library(), name, ("residual-multiplied",), 1)
+    assert judge(name).of(changed.texts(file)).outcome == SILENT
+
+
 def test_a_few_processes_judge_as_one_does():
     """Each gets its mutants and hands back its rows; none waits for ever."""
     words = ["stablelm", "starcoder2", "--operator", "mask-none", "--jobs", "2"]

@@ -307,3 +307,50 @@ def test_a_processor_may_be_registered_when_a_file_is_imported(tmp_path):
     registered = text.format("install_auto_processor_patch")
     assert compiled(tmp_path, registered).emitted.plan.route == "kernel"
     assert slugs(compiled(tmp_path, text.format("something_else"))) == {"patched"}
+
+
+PADDED = """
+        padding = getattr(c0, "left_padding", None)
+        if isinstance(padding, mx.array) and int(c0.offset[0].item()) > 0:
+            cache[0] = c0.__class__.merge([c0])
+            return self(inputs, cache=cache)
+        h = self.embed"""
+
+
+def test_a_branch_for_padded_caches_is_dead(tmp_path):
+    """What is behind the test never runs on rows, neither its positions nor its stores."""
+    text = LANGUAGE.replace("\n        h = self.embed", "\n        c0 = cache[0]" + PADDED)
+    assert compiled(tmp_path, text).emitted.plan.route == "kernel"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"left_padding", None', '"spec", None'),
+        ('"left_padding", None', '"left_padding", c0'),
+        (" and int", " or int"),
+    ],
+)
+def test_a_branch_that_rows_may_take_is_alive(tmp_path, old, new):
+    text = LANGUAGE.replace("\n        h = self.embed", "\n        c0 = cache[0]" + PADDED)
+    assert "position-special" in slugs(compiled(tmp_path, text.replace(old, new)))
+
+
+def test_a_position_read_before_the_test_is_alive(tmp_path):
+    padded = PADDED.replace(
+        "        padding =", "        n = int(c0.offset[0].item())\n        padding ="
+    )
+    padded = padded.replace("int(c0.offset[0].item()) > 0", "n > 0")
+    text = LANGUAGE.replace("\n        h = self.embed", "\n        c0 = cache[0]" + padded)
+    assert "position-special" in slugs(compiled(tmp_path, text))
+
+
+def test_a_view_takes_marks_and_nothing_that_a_cache_keeps():
+    from mlxrewrite.runtime.views import View
+
+    view = View(None, None, 0, ())
+    view._seen = 3
+    assert view._seen == 3
+    for name in ("offset", "left_padding", "_idx", "keys"):
+        with pytest.raises(AttributeError):
+            setattr(view, name, 1)

@@ -17,20 +17,20 @@ from ..states import delta_gate_is_per_channel, delta_updates
 from . import Counter, Example
 
 NAME = "gated_delta"
-_UPDATES = tuple(f"{p}.models.gated_delta.gated_delta_update" for p in ("mlx_lm", "mlx_vlm"))
 
 
 def match(mixer: Mixer) -> Match | Miss:
     updates = delta_updates(mixer)
     if not updates:
         return Miss(NAME, 0, "a call of the gated delta rule")
-    if not mixer.state_stores:
+    stores = [*mixer.state_stores, *mixer.state_updates]
+    if not stores and not any("cache" in effect.value.data for effect in updates):
         return Miss(NAME, 1, "the state is stored in a cache")
     if any(delta_gate_is_per_channel(effect.value) for effect in updates):
         return Miss(NAME, 2, "one gate per head", mixer.place(updates[0]))
     evidence = [mixer.evidence("gated delta rule", effect) for effect in updates]
-    evidence += [mixer.evidence("state stored", effect) for effect in mixer.state_stores]
-    ops = recurrences(mixer, updates, _UPDATES, "delta_rule", NAME)
+    evidence += [mixer.evidence("state stored", effect) for effect in stores]
+    ops = recurrences(mixer, updates, None, "delta_rule", NAME)
     return per_length(mixer, NAME, evidence, ops=ops)
 
 
@@ -59,10 +59,14 @@ class Mix(nn.Module):
 """
 
 _VLM = _DELTA.replace("mlx_lm.", "mlx_vlm.")
+_KEPT = _VLM.replace("self.dt_bias, state, mask)", "self.dt_bias, mask=mask, cache=cache)")
+_KEPT = _KEPT.replace("cache[0] = state", "cache.update_window(0, x, 3, lengths=cache.lengths)")
 ACCEPTS = (
     Example("Mix", _DELTA, "kernel"),
     Example("Mix", _VLM, "kernel"),
-    Example("Mix", _VLM.replace("state, mask)", "state, mask, cache=None)"), "gathered"),
+    Example("Mix", _VLM.replace("state, mask)", "state, mask, cache=None)"), "kernel"),
+    Example("Mix", _VLM.replace("state, mask)", "state, mask, state_steps=1)"), "gathered"),
+    Example("Mix", _KEPT),
 )
 REJECTS = (
     Counter("Mix", _DELTA.replace("k, v, a, b,", "k, v, a.reshape(B, L, 2, -1), b,"), "kimi_delta"),

@@ -71,6 +71,9 @@ def one(query, key, value, held, kept):
     held = key.transpose(0, 1, 3, 2) @ value + held * kept
     return (query @ held).astype(query.dtype), held
 
+def chunk(query, key, value, rate, before):
+    return (query @ key.swapaxes(-1, -2)) @ value, before
+
 def walk(queries, keys, values, rate, factor, before=None, mask=None, size=64):
     count = queries.shape[2]
     if before is None:

@@ -32,7 +32,7 @@ def _judge(mixer: Mixer) -> Match | Refusal | None:
         return Refusal(mixer.cls.qualified, (Diagnostic("two-kinds", message, where),))
     misses = [result for result in results if isinstance(result, Miss)]
     nearest = max(misses, key=lambda miss: miss.held)
-    if not mixer.fetches and not mixer.state_stores:
+    if mixer.attends and not (mixer.fetches or mixer.state_stores or mixer.state_updates):
         return Refusal(
             mixer.cls.qualified,
             (

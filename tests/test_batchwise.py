@@ -1,0 +1,106 @@
+# ruff: noqa: E501 - one attack a line
+"""A mixer that runs once for several sequences must keep them apart; one that may not runs alone.
+
+Hostile edits of the short convolution, where `x` is [sequences, length, features]. Each of them
+does the same as the original where there is one sequence, or depends on how many there are.
+"""
+
+from __future__ import annotations
+
+import pytest
+from compiling import EXAMPLES, judge
+from mlxrewrite.ir import Match
+
+TEXT = (EXAMPLES / "short_conv.py").read_text()
+ANCHOR = "        before, after, inner = mx.split(self.in_proj(x), 3, axis=-1)\n"
+HEAD = "class ShortConv(nn.Module):\n"
+INIT = "        self.kernel_size = args.conv_kernel\n"
+
+ATTACKS = {
+    "first sequence": "x = x + x[0] - x[0]",
+    "negative axis": "x = x - x.mean(axis=-3, keepdims=True)",
+    "axis in a variable": "a = 1 - 1\nx = mx.cumsum(x, axis=a)",
+    "axis of the mixer": "x = mx.cumsum(x, axis=self.kernel_size - 3)",
+    "split without an axis": "x = x + mx.split(x, x.shape[1])[0]",
+    "rows in a loop": "s = 0\nfor row in x:\n    s = s + row\nx = x + s",
+    "rows zipped": "s = 0\nfor row, _ in zip(x, range(9)):\n    s = s + row\nx = x + s",
+    "rows in a list": "x = x + sum([row for row in x])",
+    "order of rows": "x = x[mx.array([0] * 1)] + x",
+    "one axis more in front": "x = mx.cumsum(x.reshape(1, -1, x.shape[-1]), axis=1).reshape(x.shape)",
+    "flattened in front": "x = mx.cumsum(x.flatten(0, 1)[None], axis=1).reshape(x.shape)",
+    "array method": "x = x + x.flatten()[:1]",
+    "transform": "x = mx.fft.fft(x, axis=0).astype(x.dtype)",
+    "padded in front": "x = mx.pad(x, [(1, 0), (0, 0), (0, 0)])[:-1]",
+    "einsum": "x = mx.einsum('bld,cld->bld', x, x)",
+    "tensordot": "x = mx.tensordot(x, x, axes=[[0], [0]])[0]",
+    "count in an argument": "x = x * mx.full((1,), x.shape[0])",
+    "count by size": "x = x / x.size",
+    "count by length": "x = x / len(x)",
+    "count by shape": "x = x * (2 if x.shape == (1, 1, 64) else 1)",
+    "count from the end": "x = x / x.shape[-3]",
+    "count in a range": "for _ in range(x.shape[0]):\n    x = 2 * x",
+    "places of sequences": "x = x + mx.arange(x.shape[0])[:, None, None]",
+    "summed by a product": "x = x + mx.ones((1, x.shape[0])) @ x[:, 0]",
+    "gram of thin rows": "t = x[:, 0]\nx = x + mx.softmax(t @ t.swapaxes(-1, -2), axis=-1) @ t",
+    "thin mean": "x = x - x[:, 0].mean(axis=-2)",
+    "compiled helper": "x = COMPILED(x)",
+    "helper of the file": "x = stir(x)",
+    "vmapped": "x = mx.vmap(lambda t: t, in_axes=1, out_axes=0)(x)",
+    "nested": "def f(t):\n    return mx.fft.fft(t, axis=0)\n\nx = f(x).astype(x.dtype)",
+    "layer": "x = self.bn(x)",
+    "handed function": "x = self.apply(mx.cumsum, x)",
+    "written entry": "x[0] = 0",
+    "added at": "x = x.at[0].add(1)",
+    "function kept": "x = self.f(x, axis=0)",
+}
+HELPERS = "def stir(t):\n    return t + t[:1]\n\n\nCOMPILED = mx.compile(stir)\n\n\n"
+METHOD = "    def apply(self, f, t):\n        return f(t, axis=0)\n\n"
+MADE = "        self.bn = nn.BatchNorm(args.hidden_size)\n        self.f = mx.cumsum\n"
+
+HARMLESS = {
+    "own length": "x = x[:, : x.shape[1]]",
+    "merged and cut": "B, L, D = x.shape\nx = x.reshape(-1, D).reshape(B, L, D)",
+    "shape kept": "x = x.reshape(x.shape)",
+    "rest of the shape": "x = x.reshape(*x.shape[:2], -1)",
+    "other axes": "x = x - x.mean(axis=-1, keepdims=True)",
+    "pieces": "p = mx.split(x, 2, axis=-1)\nx = mx.concatenate([p[0], p[1]], axis=-1)",
+    "turned and back": "x = x.transpose(0, 2, 1).transpose(0, 2, 1)",
+    "inner function": "def f(t):\n    return mx.exp(t)\n\nx = x * f(x)",
+}
+
+
+def edited(body: str) -> str:
+    lines = "".join(f"        {line}\n" if line else "\n" for line in body.split("\n"))
+    text = TEXT.replace(HEAD, f"{HELPERS}{HEAD}").replace(ANCHOR, f"{lines}{ANCHOR}")
+    text = text.replace(INIT, f"{INIT}{MADE}")
+    start = text.index("    def __call__", text.index(HEAD))
+    return text[:start] + (METHOD if "self.apply" in body else "") + text[start:]
+
+
+def runs_at_once(text: str) -> bool:
+    """Whether the short convolution runs once for several sequences."""
+    found = judge(text, "ShortConv")
+    return isinstance(found, Match) and "per_length" in {site.rule for site in found.sites}
+
+
+def test_the_example_runs_at_once():
+    assert runs_at_once(TEXT)
+    assert runs_at_once(edited("pass"))
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_what_may_join_sequences_runs_alone(name):
+    assert not runs_at_once(edited(ATTACKS[name]))
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_what_keeps_them_apart_runs_at_once(name):
+    assert runs_at_once(edited(HARMLESS[name]))
+
+
+def test_a_method_of_a_base_is_looked_at():
+    """What a class inherits was not."""
+    base = "class Base(nn.Module):\n    def stir(self, t):\n        return t + t[:1]\n\n\n"
+    text = edited("x = self.stir(x)").replace(HEAD, f"{base}class ShortConv(Base):\n")
+    assert not runs_at_once(text)
+    assert runs_at_once(text.replace("t + t[:1]", "t + t[:, :1]"))
