@@ -15,6 +15,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -49,7 +50,9 @@ def main(words: Sequence[str]) -> int:
             upstream.run,
             ResponseGenerator=Generator,
             LRUPromptCache=KnownPrefixes,
-            _run_http_server=functools.partial(upstream._run_http_server, handler_class=Handler),
+            _run_http_server=functools.partial(
+                upstream._run_http_server, server_class=Listener, handler_class=Handler
+            ),
         ),
     )
     try:
@@ -58,6 +61,13 @@ def main(words: Sequence[str]) -> int:
         print(f"mlxrewrite serve: {problem}", file=sys.stderr)
         return 2
     return 0
+
+
+class Listener(ThreadingHTTPServer):
+    """As many clients may knock at once as may be served; the library's own queue holds 5, and the
+    kernel resets the connections of others."""
+
+    request_queue_size = 1024
 
 
 class _Options:

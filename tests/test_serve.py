@@ -2,13 +2,17 @@
 
 import http.client
 import json
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from http.server import BaseHTTPRequestHandler
 
 import mlx.core as mx
 import mlx_lm
 import pytest
 from mlx_lm.generate import generate_step
+from mlxrewrite.runtime.serve import Listener
 from serving import Server, make_model
 
 openai = pytest.importorskip("openai")
@@ -171,6 +175,14 @@ def test_64_clients_of_which_some_go_away(server, original) -> None:
     for prompt, count, text in found:
         assert text == expected(original, encoded(original, prompt), count)
     _idle(server)
+
+
+def test_clients_may_knock_while_nobody_opens() -> None:
+    """With the library's queue of 5, connections beyond it are dropped, and reset when it takes
+    long."""
+    with Listener(("127.0.0.1", 0), BaseHTTPRequestHandler) as closed, ExitStack() as held:
+        for _ in range(256):
+            held.enter_context(socket.create_connection(closed.server_address, timeout=0.5))
 
 
 def _idle(server):
