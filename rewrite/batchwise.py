@@ -69,6 +69,7 @@ _KEEPING = frozenset(
     "softmax cumsum cumprod cummax cummin logcumsumexp sort argsort argpartition partition "
     "topk".split()
 )
+_LAUNCHED = frozenset(("inputs", "grid", "threadgroup", "output_shapes", "output_dtypes"))
 _LAUNCHING = ("grid", "threadgroup", "output_shapes")  # of a kernel
 _CONTAINERS = ("tuple", "list", "comp", "dict")
 _INSIDE = frozenset((*ELEMENTWISE, *ACTIVATIONS, "astype"))
@@ -217,9 +218,10 @@ class Apart:
     # ----------------------------------------------------------------- calls
 
     def called(self, call: Value) -> bool:
-        if "inputs" in call.data:
-            return True  # a launch of a custom kernel: what it does is taken on trust
         name = callee_name(self.program, call)
+        written = name is not None and self.program.function_of(name) is not None
+        if not written and set(call.data) >= _LAUNCHED:
+            return True  # a launch of a custom kernel: what it does is taken on trust
         if name is not None:
             return self.named(call, name)
         callee = call.args[0]

@@ -45,6 +45,8 @@ ATTACKS = {
     "thin mean": "x = x - x[:, 0].mean(axis=-2)",
     "compiled helper": "x = COMPILED(x)",
     "helper of the file": "x = stir(x)",
+    "helper with a kernel's argument": "x = x + lend(inputs=[x])",
+    "layer with a kernel's argument": "x = x + self.f(inputs=x)",
     "vmapped": "x = mx.vmap(lambda t: t, in_axes=1, out_axes=0)(x)",
     "nested": "def f(t):\n    return mx.fft.fft(t, axis=0)\n\nx = f(x).astype(x.dtype)",
     "layer": "x = self.bn(x)",
@@ -53,7 +55,7 @@ ATTACKS = {
     "added at": "x = x.at[0].add(1)",
     "function kept": "x = self.f(x, axis=0)",
 }
-HELPERS = "def stir(t):\n    return t + t[:1]\n\n\nCOMPILED = mx.compile(stir)\n\n\n"
+HELPERS = "def stir(t):\n    return t + t[:1]\n\n\ndef lend(inputs):\n    return inputs[0][:1]\n\n\nCOMPILED = mx.compile(stir)\n\n\n"
 METHOD = "    def apply(self, f, t):\n        return f(t, axis=0)\n\n"
 MADE = "        self.bn = nn.BatchNorm(args.hidden_size)\n        self.f = mx.cumsum\n"
 

@@ -337,3 +337,11 @@ def test_a_process_that_dies_is_told():
     jobs = [Job("no-such-config", (), 1, 0, 1), Job("no-such-file", (), 1, 0, 1)]
     with pytest.raises(Died, match="no-such"):
         list(rows_of(jobs, 2))
+
+
+def test_an_element_of_another_sequence_is_not_taken():
+    """A helper of a mixer that reads the first entry of all sequences' rows together."""
+    file = File("kimi_linear", library().text("kimi_linear"))
+    found = list(mutants(library(), "kimi_linear", ("tokens-flat-index",)))
+    for mutant in (m for m in found if m.number in (5, 7)):
+        assert judge("kimi_linear").of(mutant.texts(file)).outcome in (KEPT, MODEL), mutant.where
