@@ -171,6 +171,12 @@ class Apart:
             return not isinstance(got, int) or got == 0 or got < -2
         return False
 
+    def is_first(self, value: Value) -> bool:
+        """The length of the first axis, of something of single sequences."""
+        return self.is_count(value) and (
+            value.data == 0 if value.op == "item" else number(value.args[1]) == 0
+        )
+
     def is_shape(self, value: Value) -> bool:
         """A shape, or part of one, that the number of sequences stands in."""
         match value.op:
@@ -201,6 +207,10 @@ class Apart:
                 return value.data == "+" and counted == [0] and self.is_shape(value.args[0])
             case "index" | "item":
                 return counted == [0] and bool(value.args[0].data == "shape")
+            case "compare":
+                # Each is the number of sequences times something: equal for one if for any.
+                firsts = all(map(self.is_first, value.args))
+                return value.data in (("==",), ("!=",)) and firsts
             case "call":
                 counted = [i for i in counted if value.data[i - 1] not in _LAUNCHING]
                 place = self.shape_place(value)
@@ -340,6 +350,8 @@ class Apart:
                 return call.args[1].op in ("list", "tuple", "comp", "loop", "const")
             if function in ("min", "max"):
                 return len(call.args) > 2
+            if function == "id":
+                return self.of_mixer(call.args[1])
             return function in _BUILTINS or function.endswith(("Error", "Warning"))
         if module == "math" or name.startswith(_SHARED):
             return True
