@@ -7,7 +7,7 @@ that has any of it runs once per sequence instead.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from .axes.layers import ACTIVATIONS, LAYERS
 from .axes.rules import ELEMENTWISE
@@ -94,17 +94,18 @@ def joins_sequences(mixer: Mixer) -> Value | None:
         for file in (mixer.program.modules[mixer.cls.module], *files)
         for method in file.methods()
     }
+    calls = Calls(mixer.program, reach.methods)
     for method in reach.methods:
         values = list(every_value(method))
-        calls = (v for v in values if v.op == "call")
-        joining = next((v for v in calls if _joins(mixer, v) or _turns(mixer, v)), None)
+        called = (v for v in values if v.op == "call")
+        joining = next((v for v in called if _joins(mixer, v) or _turns(mixer, v)), None)
         if joining is None and id(method) in own:
             home = _home(mixer, method)
             if _wrapped(home, method):
                 joining = next(iter(values), None)
             given = len(method.params) > (_this(method) is not None)
             if joining is None and given:
-                joining = Apart(mixer, reach, method).broken()
+                joining = Apart(mixer, reach, calls, method).broken()
         if joining is not None:
             return joining
     return None
@@ -121,8 +122,8 @@ def _home(mixer: Mixer, method: Method) -> ModuleFacts:
 class Apart:
     """One method: whether each value in it is made by what leaves sequences apart."""
 
-    def __init__(self, mixer: Mixer, reach: Reach, method: Method) -> None:
-        self.mixer, self.reach, self.method = mixer, reach, method
+    def __init__(self, mixer: Mixer, reach: Reach, calls: Calls, method: Method) -> None:
+        self.mixer, self.reach, self.calls, self.method = mixer, reach, calls, method
         self.program = mixer.program
         self.values = list(every_value(method))
         self.this = _this(method)
@@ -527,31 +528,58 @@ class Apart:
     def given(self, parameter: Value, method: Method) -> list[tuple[Value, Method]] | None:
         """What the reached calls of a function or method give to a parameter, and where; None if
         that is not known of each call."""
+        if id(parameter) not in self.calls.given:
+            self.calls.given[id(parameter)] = self._given(parameter, method)
+        return self.calls.given[id(parameter)]
+
+    def _given(self, parameter: Value, method: Method) -> list[tuple[Value, Method]] | None:
         places = [i for i, p in enumerate(method.params) if p is parameter]
-        if method.name == "__call__" or not places:
+        if method.name == "__call__" or not places or method.name in self.calls.handed_on:
             return None
         at = places[0] + 1 - (_this(method) is not None)
         found: list[tuple[Value, Method]] = []
-        called = False
-        for caller in self.reach.methods:
-            for call in every_value(caller):
-                if call.op == "attr" and call.data == method.name:
-                    if not any(part is call for part in self.callees_in(caller)):
-                        return None  # handed on as it is
-                if call.op != "call" or not _reaches(self.program, call, method):
-                    continue
-                called = True
-                if "*" in call.data or "**" in call.data:
-                    return None
-                named = dict(zip(call.data, call.args[1:], strict=True))
-                positional = len(call.args) > at and call.data[at - 1] is None
-                value = named.get(parameter.data[1]) or (call.args[at] if positional else None)
-                if value is not None:  # otherwise a default, which is of the file
-                    found.append((value, caller))
-        return found if called else None
+        calls = self.calls.of(method)
+        for call, caller in calls:
+            if "*" in call.data or "**" in call.data:
+                return None
+            named = dict(zip(call.data, call.args[1:], strict=True))
+            positional = len(call.args) > at and call.data[at - 1] is None
+            value = named.get(parameter.data[1]) or (call.args[at] if positional else None)
+            if value is not None:  # otherwise a default, which is of the file
+                found.append((value, caller))
+        return found if calls else None
 
-    def callees_in(self, method: Method) -> list[Value]:
-        return [value.args[0] for value in every_value(method) if value.op == "call"]
+
+class Calls:
+    """All calls in what is reached, by what they may call.
+
+    `handed_on` are the names of attributes that are read without being called; `given` remembers
+    what parameters are given.
+    """
+
+    def __init__(self, program: Program, methods: Iterable[Method]) -> None:
+        self.handed_on: set[str] = set()
+        self.given: dict[int, list[tuple[Value, Method]] | None] = {}
+        self._calls: dict[int | str, list[tuple[Value, Method]]] = {}
+        for method in methods:
+            values = list(every_value(method))
+            called = {id(value.args[0]) for value in values if value.op == "call"}
+            for value in values:
+                if value.op == "attr" and id(value) not in called:
+                    self.handed_on.add(value.data)
+                elif value.op == "call":
+                    name = callee_name(program, value)
+                    if name is not None:
+                        function = program.function_of(name)
+                        key: int | str | None = None if function is None else id(function)
+                    else:
+                        key = value.args[0].data if value.args[0].op == "attr" else None
+                    if key is not None:
+                        self._calls.setdefault(key, []).append((value, method))
+
+    def of(self, method: Method) -> list[tuple[Value, Method]]:
+        """The calls that may be of a method or function, and where they stand."""
+        return self._calls.get(id(method), []) + self._calls.get(method.name, [])
 
 
 def _begun(value: Value) -> Value:
@@ -559,14 +587,6 @@ def _begun(value: Value) -> Value:
     while value.op in ("setitem", "loop", "carried"):
         value = value.args[0]
     return value
-
-
-def _reaches(program: Program, call: Value, method: Method) -> bool:
-    """The call may be one of the method: by its name, or as an attribute."""
-    name = callee_name(program, call)
-    if name is not None:
-        return program.function_of(name) is method
-    return bool(call.args[0].op == "attr" and call.args[0].data == method.name)
 
 
 def _other_axes(call: Expr) -> bool:

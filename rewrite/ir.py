@@ -295,7 +295,7 @@ class Value:
     args: tuple[Value, ...]
     data: Any
     span: Span
-    syntax: Expr | None = None  # of calls: where each argument stands
+    syntax: Expr | None = None  # of calls and entries read: where each part stands
 
     def __repr__(self) -> str:
         return f"<{self.op} {self.data!r} {tuple(self.span)}>"

@@ -85,10 +85,9 @@ def _kept(mixer: Mixer, effect: Effect, kind: str) -> tuple[Edit, ...] | None:
     span, statement = value.span, effect.statement.span
     if not _is_last(value) or not statement.start <= span.start < span.end <= statement.end:
         return None
-    text = source.text(span)
-    base = text[: _opening(text)].rstrip()
-    if effect.path.in_loop or not base:
+    if effect.path.in_loop or value.syntax is None:
         return None
+    base = source.text(value.syntax.args[0].span)
     comment = f"{kind} keeps each sequence's last row"
     return (
         site_comment(source, effect, comment, kind),
@@ -107,16 +106,6 @@ def _is_last(value: Value) -> bool:
     plain = all(part.op == "const" and part.data is None for part in (upper, step))
     begins = lower.op == "const" and lower.data == -1
     return plain and begins and all(part is None or _is_whole(part) for part in more)
-
-
-def _opening(text: str) -> int:
-    """Where the bracket opens that the text ends with; 0 if it ends with none."""
-    depth = 0
-    for place_ in range(len(text) - 1, -1, -1):
-        depth += (text[place_] in ")]}") - (text[place_] in "([{")
-        if depth == 0:
-            return place_ if text[place_] == "[" else 0
-    return 0
 
 
 # ------------------------------------------------------------------------------------ token shifts

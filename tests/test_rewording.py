@@ -247,6 +247,11 @@ def test_another_program_is_told_apart():
     assert outcome(other) != original("gqa")
 
 
+@pytest.mark.parametrize("chance", [3, 4, 6])
+def test_brackets_around_a_kept_row_change_nothing(chance):
+    same_outcome("token_shift", ["layout"], chance)
+
+
 def test_a_comment_with_brackets_bounds_no_expression():
     """A span ended in the comment before it, and what was put in began there."""
     text = (EXAMPLES / "gqa.py").read_text()

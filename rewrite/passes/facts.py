@@ -230,7 +230,7 @@ class _Evaluator:
                 return call
             case "subscript":
                 base, key = (self.value(part) for part in expr.args)
-                return self.index(base, key, expr.span)
+                return self.index(base, key, expr.span, expr)
             case "if":
                 test, body, orelse = (self.value(part) for part in expr.args)
                 return Value("phi", (test, body, orelse), None, expr.span)
@@ -255,14 +255,14 @@ class _Evaluator:
         return Value("attr", (base,), name, span)
 
     @staticmethod
-    def index(base: Value, key: Value, span: Span) -> Value:
+    def index(base: Value, key: Value, span: Span, syntax: Expr | None = None) -> Value:
         if base.op in ("tuple", "list") and key.op == "const" and isinstance(key.data, int):
             plain = not any(part.op == "star" for part in base.args)
             if plain and -len(base.args) <= key.data < len(base.args):
                 return base.args[key.data]
         if _is_fetched_pair(base) and type(key.data) is int and key.data in (0, 1):
             return Value("item", (base,), key.data, span)
-        return Value("index", (base, key), None, span)
+        return Value("index", (base, key), None, span, syntax)
 
     @staticmethod
     def item(base: Value, position: int, span: Span) -> Value:
