@@ -101,7 +101,10 @@ class Mix(nn.Module):
 kernel = mx.fast.metal_kernel("fast", input_names=[], output_names=[], source="")
 
 def fast(query, keep, key, value, read, write, held):
-    return kernel(inputs=[query, keep, key, value, read, write, held])
+    return kernel(
+        inputs=[query, keep, key, value, read, write, held],
+        grid=(32, 1, 1), threadgroup=(32, 1, 1),
+        output_shapes=[query.shape, held.shape], output_dtypes=[query.dtype, held.dtype])
 """
 
 _ROWS = """
