@@ -36,6 +36,14 @@ class _Masking:
     added: bool
 
 
+def _along_keys(softmax: Value) -> bool:
+    """The axis is the last: without one all scores would be normalised together."""
+    given = list(zip(softmax.data, softmax.args[1:], strict=True))
+    axes = [value for keyword, value in given if keyword == "axis"]
+    axes += [value for keyword, value in given[1:2] if keyword is None]
+    return len(axes) == 1 and number(axes[0]) == -1
+
+
 def spelled_attention(
     program: Program, product: Value, fetched: Callable[[Value, int], bool]
 ) -> Spelled | None:
@@ -50,7 +58,7 @@ def spelled_attention(
         return None
     weights = _uncast(product.args[0])
     softmax = library_call(program, weights, "mlx.core.softmax")
-    if not softmax:
+    if not softmax or not _along_keys(weights):
         return None
     scores, maskings = _unmasked(program, _uncast(softmax[0]))
     if len({id(one.mask) for one in maskings}) > 1:

@@ -345,3 +345,7 @@ def test_an_element_of_another_sequence_is_not_taken():
     found = list(mutants(library(), "kimi_linear", ("tokens-flat-index",)))
     for mutant in (m for m in found if m.number in (5, 7)):
         assert judge("kimi_linear").of(mutant.texts(file)).outcome in (KEPT, MODEL), mutant.where
+
+
+def test_a_softmax_along_another_axis_is_no_attention():
+    never_wrong("gemma2", "slip-axis", KEPT, MODEL, LOUD, REFUSED)
