@@ -96,7 +96,7 @@ def joins_sequences(mixer: Mixer) -> Value | None:
     }
     calls = Calls(mixer.program, reach.methods)
     for method in reach.methods:
-        values = list(every_value(method))
+        values = calls.values[id(method)]
         called = (v for v in values if v.op == "call")
         joining = next((v for v in called if _joins(mixer, v) or _turns(mixer, v)), None)
         if joining is None and id(method) in own:
@@ -125,7 +125,7 @@ class Apart:
     def __init__(self, mixer: Mixer, reach: Reach, calls: Calls, method: Method) -> None:
         self.mixer, self.reach, self.calls, self.method = mixer, reach, calls, method
         self.program = mixer.program
-        self.values = list(every_value(method))
+        self.values = calls.values[id(method)]
         self.this = _this(method)
         owner = self.program.class_of(method.owner) if method.owner is not None else None
         self.owner = owner or mixer.cls
@@ -403,14 +403,9 @@ class Apart:
 
     def other_axis(self, call: Value, position: int) -> bool:
         """The axes are numbers, and none of them the first, counted from either end."""
-        axis, place = None, 0
-        for keyword, value in zip(call.data, call.args[1:], strict=True):
-            if keyword in ("axis", "start_axis") or (keyword is None and place == position):
-                axis = value
-            place += keyword is None
-        if axis is None:
+        parts = _axes(call, position)
+        if parts is None:
             return False
-        parts = axis.args if axis.op in ("tuple", "list") else (axis,)
         numbers = [number(part) for part in parts]
         if -2 in numbers and function_of(self.program, call) != "expand_dims":
             held = call.args[1] if callee_name(self.program, call) else callee_of(call)
@@ -553,16 +548,17 @@ class Apart:
 class Calls:
     """All calls in what is reached, by what they may call.
 
-    `handed_on` are the names of attributes that are read without being called; `given` remembers
-    what parameters are given.
+    `values` are those of each method, by its identity; `handed_on` the names of attributes that are
+    read without being called; `given` remembers what parameters are given.
     """
 
     def __init__(self, program: Program, methods: Iterable[Method]) -> None:
+        self.values: dict[int, list[Value]] = {}
         self.handed_on: set[str] = set()
         self.given: dict[int, list[tuple[Value, Method]] | None] = {}
         self._calls: dict[int | str, list[tuple[Value, Method]]] = {}
         for method in methods:
-            values = list(every_value(method))
+            values = self.values[id(method)] = list(every_value(method))
             called = {id(value.args[0]) for value in values if value.op == "call"}
             for value in values:
                 if value.op == "attr" and id(value) not in called:
@@ -723,13 +719,17 @@ def _joins(mixer: Mixer, call: Value) -> bool:
 
 def _over_first_axis(call: Value, position: int) -> bool:
     """The axis is 0, or there is none: then all axes are reduced."""
-    axis = None
-    place = 0
+    axes = _axes(call, position)
+    return axes is None or any(axis.op == "const" and axis.data == 0 for axis in axes)
+
+
+def _axes(call: Value, position: int) -> tuple[Value, ...] | None:
+    """The axes that a call names, by keyword or as its argument at `position`; None without."""
+    axis, place = None, 0
     for keyword, value in zip(call.data, call.args[1:], strict=True):
         if keyword in ("axis", "start_axis") or (keyword is None and place == position):
             axis = value
         place += keyword is None
     if axis is None:
-        return True
-    parts = axis.args if axis.op in ("tuple", "list") else (axis,)
-    return any(part.op == "const" and part.data == 0 for part in parts)
+        return None
+    return axis.args if axis.op in ("tuple", "list") else (axis,)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +191,6 @@ class _Image(argparse.Action):
 
 def _generate(got: Any) -> int:
     import mlx.core as mx
-    from mlx_lm.sample_utils import make_sampler
 
     from .runtime.generate import encode_prompt, stream_generate
     from .runtime.load import load
@@ -207,17 +206,7 @@ def _generate(got: Any) -> int:
         trust_remote_code=got.trust_remote_code,
     )
     prompts = [encode_prompt(tokenizer, text, chat=not got.no_chat) for text in got.prompt]
-    sampler = make_sampler(temp=got.temp, top_p=got.top_p, min_p=got.min_p, top_k=got.top_k)
-    events = stream_generate(
-        model,
-        tokenizer,
-        prompts,
-        max_tokens=got.max_tokens,
-        sampler=sampler,
-        kv_bits=got.kv_bits,
-        kv_group_size=got.kv_group_size,
-    )
-    return _show(got, events)
+    return _show(got, _answers(got, stream_generate, model, tokenizer, prompts))
 
 
 def _generate_with_images(got: Any) -> int:
@@ -227,7 +216,6 @@ def _generate_with_images(got: Any) -> int:
         raise UsageError(
             f"mlx_vlm is not installed (`pip install mlxrewrite[vlm]`): {problem}"
         ) from problem
-    from mlx_lm.sample_utils import make_sampler
 
     model, processor = load(
         got.model,
@@ -237,17 +225,24 @@ def _generate_with_images(got: Any) -> int:
     )
     asked = [Asked(text, images) for text, images in zip(got.prompt, got.images, strict=True)]
     prompts = [prepare(model, processor, one, chat=not got.no_chat) for one in asked]
-    sampler = make_sampler(temp=got.temp, top_p=got.top_p, min_p=got.min_p, top_k=got.top_k)
-    events = stream_generate(
+    return _show(got, _answers(got, stream_generate, model, processor, prompts))
+
+
+def _answers(
+    got: Any, stream: Callable[..., Iterable[Any]], model: Any, processor: Any, prompts: list[Any]
+) -> Iterable[Any]:
+    """What the engine says to prepared prompts, with the options that text and images share."""
+    from mlx_lm.sample_utils import make_sampler
+
+    return stream(
         model,
         processor,
         prompts,
         max_tokens=got.max_tokens,
-        sampler=sampler,
+        sampler=make_sampler(temp=got.temp, top_p=got.top_p, min_p=got.min_p, top_k=got.top_k),
         kv_bits=got.kv_bits,
         kv_group_size=got.kv_group_size,
     )
-    return _show(got, events)
 
 
 def _show(got: Any, events: Iterable[Any]) -> int:

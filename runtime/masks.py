@@ -56,9 +56,7 @@ def seen_through(mask: Any, retention: Retention, name: str) -> tuple[int | None
     if mask.prefix is not None:
         raise TypeError(f"{name}: no op attends in both directions inside a prefix yet")
     window, chunk = mask.window, mask.chunk
-    require_grounded(mask, retention, name)
-    if not mask.floating:
-        require_same_window(mask, retention.window, name)
+    require_kept(mask, retention, name)
     if retention.chunk is not None and (chunk is None or retention.chunk % chunk):
         raise RuntimeRefusal(
             f"{name}: the cache keeps chunks of {retention.chunk} positions, the mask says "
@@ -71,10 +69,11 @@ def seen_through(mask: Any, retention: Retention, name: str) -> tuple[int | None
     return window, chunk
 
 
-def require_grounded(mask: MaskSpec, retention: Retention, name: str) -> None:
-    """A mask made without a cache says no more than "nothing later".
+def require_kept(mask: MaskSpec, retention: Retention, name: str) -> None:
+    """A mask asks for what a cache keeps, and one made without a cache for no more than "nothing
+    later".
 
-    Raises TypeError, in the words of the site `name`.
+    Raises TypeError and RuntimeRefusal, in the words of the site `name`.
     """
     bounded = (mask.window, retention.window, retention.chunk) != (None, None, None)
     if mask.floating and (bounded or mask.return_array):
@@ -82,9 +81,10 @@ def require_grounded(mask: MaskSpec, retention: Retention, name: str) -> None:
             f"{name}: a mask made without a cache counts positions from the start of each chunk; "
             "make it with the cache of the layer that it is for"
         )
+    _require_same_window(mask, retention.window, name)
 
 
-def require_same_window(mask: MaskSpec, kept: int | None, name: str) -> None:
+def _require_same_window(mask: MaskSpec, kept: int | None, name: str) -> None:
     """The mask's window is one that the layer's cache keeps: the original's answer would otherwise
     hang on how a prompt is cut, since rows of one chunk see each other through the mask alone.
 
@@ -104,7 +104,7 @@ def require_same_window(mask: MaskSpec, kept: int | None, name: str) -> None:
             f"{name}: the mask's window of {mask.window} positions is one more than the cache "
             f"keeps: rows see {kept}, as tokens fed singly do in the original",
             UpstreamDifference,
-            stacklevel=4,
+            stacklevel=5,
         )
         return
     wide = "has no window" if mask.window is None else f"has a window of {mask.window} positions"

@@ -16,7 +16,7 @@ import mlx.core as mx
 from mlx_lm.models import base as upstream
 
 from .batch import Batch
-from .masks import MaskSpec, require_grounded, require_same_window
+from .masks import MaskSpec, require_kept
 from .rows import Rows
 from .views import Handle, ListView, PagedView, StateView, View
 
@@ -146,8 +146,7 @@ class _Split:
                 for index in mask.path[len(view.path) :]:
                     own = own[index]  # type: ignore[index]
             if isinstance(own, PagedView):
-                require_grounded(mask, own.leaf.retention, "per_sequence")
-                require_same_window(mask, own.leaf.retention.window, "per_sequence")
+                require_kept(mask, own.leaf.retention, "per_sequence")
                 return upstream.create_attention_mask(
                     _Shape((1, self.part.length)),
                     self._original(own),

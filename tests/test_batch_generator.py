@@ -5,7 +5,8 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from mlx_lm.generate import BatchGenerator, StopSequences, batch_generate, generate_step
+from generators import PROMPTS, alone, drain
+from mlx_lm.generate import BatchGenerator, StopSequences, batch_generate
 from mlx_lm.models import mamba2
 from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
@@ -19,24 +20,9 @@ from mlxrewrite.runtime.sampling import Seeded
 from mlxrewrite.runtime.weights import randomise
 from runtime_models.pairs import make_pair
 
-PROMPTS = [[5, 9, 2, 7, 7, 1], [3], list(range(40, 75)), [5, 9, 2, 7, 7, 1, 4, 4]]
-
-
-def drain(generator):
-    """All responses by request, in order."""
-    found = {}
-    while responses := generator.next_generated():
-        for response in responses:
-            found.setdefault(response.uid, []).append(response)
-    return found
-
 
 def tokens_of(found):
     return {uid: [response.token for response in part] for uid, part in found.items()}
-
-
-def alone(model, prompt, count, **options):
-    return [int(t) for t, _ in generate_step(mx.array(prompt), model, max_tokens=count, **options)]
 
 
 def test_responses_are_those_of_mlx_lm() -> None:

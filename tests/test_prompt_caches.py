@@ -11,27 +11,14 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from mlx_lm.generate import generate_step
+from generators import PROMPTS, alone, drain
 from mlx_lm.models import cache as upstream
 from mlxrewrite.runtime.batch_generator import PagedBatchGenerator
 from mlxrewrite.runtime.errors import RuntimeRefusal
 from runtime_models.pairs import make_pair
 
-PROMPTS = [[5, 9, 2, 7, 7, 1], [3], list(range(40, 75)), [5, 9, 2, 7, 7, 1, 4, 4]]
 NAMES = ["plain", "shared_windows", "hybrid", "hybrid_model"]
 MORE = [8, 1, 6]
-
-
-def alone(model, prompt, count, **options):
-    return [int(t) for t, _ in generate_step(mx.array(prompt), model, max_tokens=count, **options)]
-
-
-def drain(generator):
-    found = {}
-    while responses := generator.next_generated():
-        for response in responses:
-            found.setdefault(response.uid, []).append(response)
-    return found
 
 
 def ended(rewritten, prompts, count=7, **options):
