@@ -8,7 +8,6 @@ JSON file: CONFIG measures some again, and `--page` only writes the page.
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import json
 import sys
@@ -18,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vlm_parity_table import apart
+from vlm_parity_table import apart, arguments, print_outcomes
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = (ROOT / "tests" / "configs", ROOT / "tests" / "vlm_configs")
@@ -26,16 +25,11 @@ PROBES = 2
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__.splitlines()[0], "taint.json")
     parser.add_argument("configs", nargs="*", type=Path, metavar="CONFIG.json")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, default=ROOT / "docs" / "taint.json")
-    parser.add_argument("--page", action="store_true", help="only write the page")
-    parser.add_argument("--measure", type=Path, nargs="*", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        for config in options.measure:
-            print(json.dumps(outcome(config, options.seed)), flush=True)
+        print_outcomes(measure, options.measure, options.seed)
         return 0
     found: dict[str, Any] = json.loads(options.json.read_text()) if options.json.exists() else {}
     configs = options.configs or [
@@ -48,14 +42,6 @@ def main() -> int:
         options.json.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
     (ROOT / "docs" / "taint.md").write_text(page(found, options.seed))
     return int(any(row.get("passed") is False for row in found.values()))
-
-
-def outcome(config: Path, seed: int) -> dict[str, Any]:
-    """What came of one config, or why nothing did."""
-    try:
-        return measure(config, seed)
-    except Exception as problem:
-        return {"failed": " ".join(str(problem).split())[:90]}
 
 
 def measure(config: Path, seed: int) -> dict[str, Any]:

@@ -15,31 +15,23 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 MANIFESTS = ROOT / "generated" / "mlx_vlm"
 OWN, SHARED = ROOT / "tests" / "vlm_configs", ROOT / "tests" / "configs"
+Measure = Callable[[Path, int], dict[str, Any]]
 SHOWN = {"model": "per-sequence (whole model)"}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__.splitlines()[0], "vlm_parity.json")
     parser.add_argument("folders", nargs="*", metavar="FOLDER")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, default=ROOT / "docs" / "vlm_parity.json")
-    parser.add_argument("--page", action="store_true", help="only write the page")
-    parser.add_argument("--measure", type=Path, nargs="*", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        for config in options.measure:
-            try:
-                result = measure(config, options.seed)
-            except Exception as problem:
-                result = {"failed": " ".join(str(problem).split())[:90]}
-            print(json.dumps(result), flush=True)
+        print_outcomes(measure, options.measure, options.seed)
         return 0
     found: dict[str, Any] = json.loads(options.json.read_text()) if options.json.exists() else {}
     names = options.folders or sorted(path.parent.name for path in MANIFESTS.glob("*/*.json"))
@@ -54,6 +46,26 @@ def main() -> int:
         options.json.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
     (ROOT / "docs" / "vlm_parity.md").write_text(page(found, options.seed))
     return int(any(row.get("passed") is False for row in found.values()))
+
+
+def arguments(about: str, kept: str) -> argparse.ArgumentParser:
+    """The options of a script that measures configs apart and keeps results in docs/`kept`."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, default=ROOT / "docs" / kept)
+    parser.add_argument("--page", action="store_true", help="only write the page")
+    parser.add_argument("--measure", type=Path, nargs="*", help=argparse.SUPPRESS)
+    return parser
+
+
+def print_outcomes(measure: Measure, configs: Iterable[Path], seed: int) -> None:
+    """A line for `apart` to read for each config: what came of it, or why nothing did."""
+    for config in configs:
+        try:
+            result = measure(config, seed)
+        except Exception as problem:
+            result = {"failed": " ".join(str(problem).split())[:90]}
+        print(json.dumps(result), flush=True)
 
 
 def config_of(folder: str) -> Path | None:
