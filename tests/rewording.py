@@ -114,15 +114,22 @@ def _locals(function: cst.FunctionDef) -> set[str]:
     return bound - parameters - FIXED
 
 
+def _imported(tree: cst.Module) -> set[str]:
+    """Names that imports bind: of `import a.b` without another name, `a`."""
+    bound = set()
+    for statement in m.findall(tree, m.Import() | m.ImportFrom(names=[m.ZeroOrMore()])):
+        for alias in statement.names:
+            name = alias.asname.name if alias.asname else alias.name
+            while isinstance(name, cst.Attribute):
+                name = name.value
+            bound.add(name.value)
+    return bound
+
+
 def renamed(text: str, chance: Random) -> str:
     tree = cst.parse_module(text)
     fields = _fields(tree)
-    imported = {
-        (alias.asname.name if alias.asname else alias.name).value
-        for statement in m.findall(tree, m.Import() | m.ImportFrom(names=[m.ZeroOrMore()]))
-        for alias in statement.names
-        if isinstance((alias.asname.name if alias.asname else alias.name), cst.Name)
-    }
+    imported = _imported(tree)
     outer = [s for s in tree.body if isinstance(s, (cst.ClassDef, cst.FunctionDef))]
     names = {s.name.value: some_name(chance) for s in outer if s.name.value not in FIXED}
     found = {

@@ -140,6 +140,13 @@ def test_caches_named_through_their_module_are_paged():
     same_logits("chunked", ["imports"], 1)
 
 
+def test_functions_of_imported_packages_keep_their_names():
+    """`import mlx.core` binds `mlx`, and `mlx.core.linalg.norm` is not the model's `norm`."""
+    text = "import mlx.core\n\nclass A:\n    def norm(self, x):\n        return mlx.core.norm(x)\n"
+    assert "mlx.core.norm(x)" in reworded(text, ["names"], Random(1))
+    same_outcome("token_shift", ["arguments", "bases", "names", "imports"], 49)
+
+
 @pytest.mark.slow
 @few(120)
 @given(name=st.sampled_from(NAMES), chosen=ways, chance=chances)
