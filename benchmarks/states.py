@@ -1,13 +1,17 @@
 #!/usr/bin/env python3
 """Recurrences of rewritten models beside mlx_lm's own, on the default device, taking turns.
 
-    python benchmarks/states.py [--tiny] [--rounds 7] [--json FILE]
+    python benchmarks/states.py [--tiny] [--recorded] [--rounds 7] [--json FILE]
 
 Decode: one token of 64 sequences, states threaded through 20 steps of one graph. Prefill: 4096
 tokens of one sequence. Times are medians of rounds in which both sides run, in changing order.
 Bytes are those of the states, read once and written once; `copy` is the share of what an
 elementwise copy of the same states reaches on the device. Off Metal mlx_lm has no kernels for
 these and takes its fallback in plain ops.
+
+With `--recorded` both sides of decode are `mx.compile`d: no Python between the ops, as in recorded
+steps of the engine. Without it a step of a few microseconds waits for the host. The copies are not,
+since they would become one.
 """
 
 from __future__ import annotations
@@ -241,7 +245,9 @@ def medians(sides: dict[str, Callable[[], list[mx.array]]], rounds: int) -> dict
     return {name: statistics.median(times[1:]) for name, times in found.items()}
 
 
-def decode(shape: Shape, steps: dict[str, Step], count: int, chain: int, rounds: int) -> Row:
+def decode(
+    shape: Shape, steps: dict[str, Step], count: int, chain: int, rounds: int, *, recorded: bool
+) -> Row:
     size = (count, shape.value_heads, shape.value_dim, shape.key_dim)
     state = mx.random.normal(size)
     mx.eval(state)
@@ -263,6 +269,9 @@ def decode(shape: Shape, steps: dict[str, Step], count: int, chain: int, rounds:
         return [held]
 
     sides = {name: side(step) for name, step in steps.items()}
+    if recorded:
+        mx.eval([step(state, count, 1) for step in steps.values()])  # makes the rows
+        sides = {name: mx.compile(run) for name, run in sides.items()}
     got = medians({**sides, "copy": copies}, rounds)
     moved = 2 * state.nbytes * chain
     return Row(
@@ -292,7 +301,7 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def measure(*, tiny: bool, rounds: int) -> list[Row]:
+def measure(*, tiny: bool, recorded: bool, rounds: int) -> list[Row]:
     count, length, chain = (3, 70, 2) if tiny else (64, 4096, 20)
     dtype = mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16
     rows = []
@@ -307,7 +316,7 @@ def measure(*, tiny: bool, rounds: int) -> list[Row]:
     for whole, make in made:
         shape = whole.tiny() if tiny else whole
         steps = make(shape)
-        rows.append(decode(shape, steps, count, chain, rounds))
+        rows.append(decode(shape, steps, count, chain, rounds, recorded=recorded))
         rows.append(prefill(shape, steps, length, min(rounds, 3)))
     return rows
 
@@ -315,10 +324,11 @@ def measure(*, tiny: bool, rounds: int) -> list[Row]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="small sizes, for a CPU")
+    parser.add_argument("--recorded", action="store_true", help="without Python between the ops")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    rows = measure(tiny=options.tiny, rounds=options.rounds)
+    rows = measure(tiny=options.tiny, recorded=options.recorded, rounds=options.rounds)
     print(f"{mx.default_device()}, kernels: {launch.active() or 'none (plain ops)'}")
     print(table(rows))
     if options.json is not None:
