@@ -13,10 +13,11 @@ import mlx.core as mx
 import numpy as np
 
 from . import launch, policy, reference
+from .metadata import MIN_METADATA, padded
 from .plans import DecodePlan, TiledPlan, decode_plan, row_spans, rows_of, tiled_plan
 from .pools import Pool
 from .quantization import Packing, Packings, Quantization
-from .ragged import MIN_METADATA, Ragged
+from .ragged import Ragged
 from .render import render
 from .specs import (
     AttentionSpec,
@@ -65,9 +66,8 @@ def copy_blocks(pool: Pool, sources: Sequence[int], targets: Sequence[int]) -> P
     key_size = pool.keys.size // pool.num_blocks
     value_size = None if pool.values is None else pool.values.size // pool.num_blocks
     spec = policy.copy_spec(dtype_name(pool.keys.dtype), key_size, value_size)
-    pairs = np.zeros((max(MIN_METADATA, len(sources)), 2), np.int32)
-    pairs[: len(sources), 0], pairs[: len(sources), 1] = sources, targets
-    inputs = {**_pools(pool), "pairs": mx.array(pairs), "token_in": pool.token}
+    pairs = padded(list(zip(sources, targets, strict=True)))
+    inputs = {**_pools(pool), "pairs": pairs, "token_in": pool.token}
     (token,) = render(spec)(inputs, [TOKEN], groups=len(sources), threads=spec.threads)
     return pool.after(token)
 
@@ -111,12 +111,11 @@ def read_blocks(pool: Pool, blocks: Sequence[int]) -> tuple[mx.array, mx.array, 
     """Whole blocks of a pool of codes, as words [n, words of a block], and the next pool."""
     sizes = pool.keys.shape[1], _words(pool)
     spec = policy.gather_spec("uint32", 1, *sizes)
-    slots = mx.array([*blocks, *[0] * (MIN_METADATA - len(blocks))], mx.int32)
     count = len(blocks)
     made = render(spec)(
         {
             **_pools(pool),
-            "slots": slots,
+            "slots": padded(blocks),
             "lengths": _lengths(count, launch.active()),
             "token_in": pool.token,
         },
@@ -130,8 +129,7 @@ def read_blocks(pool: Pool, blocks: Sequence[int]) -> tuple[mx.array, mx.array, 
 def write_blocks(pool: Pool, blocks: Sequence[int], keys: mx.array, values: mx.array) -> Pool:
     """Words [n, words of a block] into blocks of a pool of codes, in place."""
     spec = policy.write_spec("uint32", "uint32", 1, pool.keys.shape[1], _words(pool))
-    slots = mx.array([*blocks, *[0] * (MIN_METADATA - len(blocks))], mx.int32)
-    inputs = {"keys": keys, "values": values, "slots": slots, **_pools(pool)}
+    inputs = {"keys": keys, "values": values, "slots": padded(blocks), **_pools(pool)}
     inputs["token_in"] = pool.token
     (token,) = render(spec)(inputs, [TOKEN], groups=len(blocks), threads=spec.threads)
     return pool.after(token)

@@ -6,12 +6,10 @@ step; this has no plan.
 
 from __future__ import annotations
 
-from functools import cache
-
 import mlx.core as mx
 
 from . import launch
-from .ragged import MIN_METADATA
+from .metadata import sizes
 from .render import render
 from .specs import DTYPES
 from .state_specs import DepthwiseSpec, dtype_name
@@ -38,7 +36,7 @@ def depthwise(windows: mx.array, weights: mx.array, bias: mx.array | None = None
         bias=bias is not None,
     )
     pieces = -(-length // rows)
-    inputs = {"windows": windows, "weights": weights, "sizes": _sizes(length, pieces)}
+    inputs = {"windows": windows, "weights": weights, "sizes": sizes(length, pieces)}
     if bias is not None:
         inputs["offsets"] = bias
     (out,) = render(spec)(
@@ -48,11 +46,6 @@ def depthwise(windows: mx.array, weights: mx.array, bias: mx.array | None = None
         threads=32 * spec.simdgroups,
     )
     return out
-
-
-@cache
-def _sizes(length: int, pieces: int) -> mx.array:
-    return mx.array([length, pieces] + [0] * (MIN_METADATA - 2), mx.int32)
 
 
 @mx.compile

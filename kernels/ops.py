@@ -23,10 +23,11 @@ from dataclasses import replace
 import mlx.core as mx
 
 from . import calls, launch, policy, reference
+from .metadata import MIN_METADATA
 from .policy import Route
 from .pools import Layout, Pool, new_pool
 from .quantization import Packings, Quantization
-from .ragged import MIN_METADATA, Ragged
+from .ragged import Ragged
 from .specs import AttentionSpec, supports
 
 __all__ = [

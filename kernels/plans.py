@@ -9,7 +9,8 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from .ragged import MIN_METADATA, Ragged, rounded
+from .metadata import padded
+from .ragged import Ragged, rounded
 
 Ints = npt.NDArray[np.int64]
 
@@ -119,10 +120,8 @@ class TiledPlan:
 
 def row_spans(ragged: Ragged, window: int | None, chunk: int | None) -> mx.array:
     """First and last key of each row: int32 [>= T, 2]."""
-    spans = np.zeros((max(MIN_METADATA, ragged.num_rows), 2), np.int32)
-    spans[: ragged.num_rows, 0] = first_seen(ragged.host_positions, window, chunk)
-    spans[: ragged.num_rows, 1] = ragged.host_positions
-    return mx.array(spans)
+    first = first_seen(ragged.host_positions, window, chunk)
+    return padded(np.stack([first, ragged.host_positions], axis=1))
 
 
 def tiled_plan(
@@ -187,6 +186,4 @@ def tiled_plan(
 
 def packed_ends(ends: Ints) -> mx.array:
     """0 and the ends, as int32 of at least MIN_METADATA entries."""
-    packed = np.zeros(max(MIN_METADATA, len(ends) + 1), np.int32)
-    packed[1 : len(ends) + 1] = ends
-    return mx.array(packed)
+    return padded([0, *ends])

@@ -16,9 +16,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-# MLX binds inputs of fewer elements as `constant`, longer ones as `device`: another kernel. Padding
-# keeps every metadata array on one side of the limit, so that nothing compiles in mid-serving.
-MIN_METADATA = 8
+from .metadata import MIN_METADATA, padded
 
 T = TypeVar("T")
 
@@ -117,27 +115,27 @@ class Ragged:
     @cached_property
     def cu_seqlens(self) -> mx.array:
         """First row of each sequence, then the number of rows: [>= S + 1]."""
-        return _padded(np.array(self.starts))
+        return padded(self.starts)
 
     @cached_property
     def context_lengths(self) -> mx.array:
         """Positions of each sequence, this step's included: [>= S]."""
-        return _padded(np.array(self.context_lens))
+        return padded(self.context_lens)
 
     @cached_property
     def first_blocks(self) -> mx.array:
         """How many blocks each sequence's table lacks at its front: [>= S]."""
-        return _padded(np.array(self.dropped))
+        return padded(self.dropped)
 
     @cached_property
     def positions(self) -> mx.array:
         """Each row's position in its sequence: [>= T]."""
-        return _padded(self.host_positions)
+        return padded(self.host_positions)
 
     @cached_property
     def row_sequence(self) -> mx.array:
         """Each row's sequence: [>= T]."""
-        return _padded(np.repeat(np.arange(self.num_sequences), self.query_lens))
+        return padded(np.repeat(np.arange(self.num_sequences), self.query_lens))
 
     @cached_property
     def block_tables(self) -> mx.array:
@@ -151,7 +149,7 @@ class Ragged:
     @cached_property
     def slot_mapping(self) -> mx.array:
         """Where each row is written, block * block_size + offset: int32 [>= T]."""
-        return _padded(self.host_slots)
+        return padded(self.host_slots)
 
     # Host side.
 
@@ -262,7 +260,7 @@ class Ragged:
     def padded_index(self, sequence: int, low: int, high: int) -> mx.array:
         """The same for the kernels, padded."""
         return self.once(
-            ("padded index", sequence, low, high), lambda: _padded(self.slots(sequence, low, high))
+            ("padded index", sequence, low, high), lambda: padded(self.slots(sequence, low, high))
         )
 
     def seen(self, sequence: int, low: int, window: int | None, chunk: int | None) -> mx.array:
@@ -286,9 +284,3 @@ def rounded(count: int) -> int:
     """A little more than `count`, and at least MIN_METADATA: arrays that grow keep their shape."""
     step = max(MIN_METADATA, 1 << max(0, count.bit_length() - 4))
     return max(MIN_METADATA, -(-count // step) * step)
-
-
-def _padded(values: npt.NDArray[np.int64]) -> mx.array:
-    result = np.zeros(max(MIN_METADATA, len(values)), np.int32)
-    result[: len(values)] = values
-    return mx.array(result)

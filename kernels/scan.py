@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import mlx.core as mx
 
 from . import launch
-from .ragged import MIN_METADATA
+from .metadata import sizes
 from .render import render
 from .specs import DTYPES
 from .state_specs import ScanSpec, dtype_name
@@ -25,7 +23,7 @@ def diagonal(x: mx.array, a: mx.array, start: mx.array | None) -> tuple[mx.array
         return doubled(x, a, start)
     count, length, channels = x.shape
     spec = ScanSpec(rows_dtype=dtype_name(x.dtype), channels=channels, simdgroups=1, ahead=AHEAD)
-    inputs = {"inputs": x, "factors": a, "start": start, "sizes": _sizes(length)}
+    inputs = {"inputs": x, "factors": a, "start": start, "sizes": sizes(length)}
     y, last = render(spec)(
         inputs,
         [(x.shape, x.dtype), (start.shape, mx.float32)],
@@ -33,11 +31,6 @@ def diagonal(x: mx.array, a: mx.array, start: mx.array | None) -> tuple[mx.array
         threads=32,
     )
     return y, last
-
-
-@cache
-def _sizes(length: int) -> mx.array:
-    return mx.array([length] + [0] * (MIN_METADATA - 1), mx.int32)
 
 
 def doubled(x: mx.array, a: mx.array, start: mx.array) -> tuple[mx.array, mx.array]:

@@ -12,12 +12,10 @@ product, so that all are walked along at once, twice.
 
 from __future__ import annotations
 
-from functools import cache
-
 import mlx.core as mx
 
 from . import launch
-from .ragged import MIN_METADATA
+from .metadata import MIN_METADATA, sizes
 from .render import render
 from .scan import doubled
 from .specs import DTYPES
@@ -117,7 +115,7 @@ def _step(
     each = SEQUENCES if count >= SEQUENCES else 1
     spec = SelectiveStepSpec(*kinds, channels, states, each, SIMDGROUPS)
     y, last = render(spec)(
-        {**inputs, "sizes": _sizes(count)},
+        {**inputs, "sizes": sizes(count)},
         [(shape, out), (state.shape, mx.float32)],
         groups=-(-count // each) * _parts(channels, states, 4),
         threads=32 * SIMDGROUPS,
@@ -133,7 +131,7 @@ def _walk(
     states = state.shape[2]
     tokens = -(-length // pieces)
     pieces = -(-length // tokens)
-    given = {**inputs, "sizes": _sizes(length, pieces, tokens)}
+    given = {**inputs, "sizes": sizes(length, pieces, tokens)}
     groups = count * pieces * _parts(channels, states, PART)
     fixed = (*kinds, channels, states, PART, AHEAD, SIMDGROUPS)
     if pieces > 1:
@@ -158,11 +156,6 @@ def _walk(
 def _parts(channels: int, states: int, part: int) -> int:
     """Threadgroups that hold the channels of one sequence."""
     return -(-channels * (states // part) // (32 * SIMDGROUPS))
-
-
-@cache
-def _sizes(*numbers: int) -> mx.array:
-    return mx.array([*numbers, *[0] * (MIN_METADATA - len(numbers))], mx.int32)
 
 
 def _plain(

@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from . import launch
-from .ragged import MIN_METADATA
+from .metadata import padded
 from .render import render
 from .shift_specs import ShiftSpec
 from .specs import DTYPES
@@ -33,9 +33,7 @@ class Origins:
         starts = np.cumsum([0, *lengths[:-1]])
         states = np.cumsum([0, *begun[:-1]])
         found[starts] = np.where(begun, -2 - states, Origins.NONE)
-        padded = np.full(max(MIN_METADATA, len(found)), Origins.NONE, np.int32)
-        padded[: len(found)] = found
-        return Origins(len(found), mx.array(padded))
+        return Origins(len(found), padded(found, Origins.NONE))
 
 
 def shift(rows: mx.array, states: mx.array | None, origins: Origins) -> mx.array:

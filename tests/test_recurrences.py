@@ -285,10 +285,11 @@ def test_seeded_kernel_bugs_are_seen(bug, monkeypatch):
     assert max(error(y, want), error(state, last)) > 1e-4
 
 
-def test_the_benchmark_runs():
+@pytest.mark.parametrize("recorded", [False, True])
+def test_the_benchmark_runs(recorded):
     path = Path(__file__).parents[1] / "benchmarks" / "states.py"
     benchmark = runpy.run_path(str(path))
-    rows = benchmark["measure"](tiny=True, rounds=1)
+    rows = benchmark["measure"](tiny=True, recorded=recorded, rounds=1)
     assert len(rows) == 12 and all(row.ours > 0 and row.theirs > 0 for row in rows)
     assert "copy" in benchmark["table"](rows)
 
