@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from .errors import NotGenerated, RuntimeRefusal
 from .manifest import Manifest, check, generated_folder, load_generated
 from .rows import Rows
 from .views import View
+from .vision_rows import NO_ID, keeping_weights, row_ids
 
 PACKAGE = "mlx_vlm"
 _MODELS = "mlx_vlm.models."
@@ -58,10 +60,10 @@ State = dict[tuple[int, str], Any]
 class Prepared:
     """A prompt as its language model gets it; made by `VisionModel.prepare`.
 
-    ids [L]; `embeds` [1, L, D] and `features`, the keyword arguments, come from the model's own
-    `get_input_embeddings`. `positions` [3, L], or [L, 3] where the model stacks them last, and
-    `delta`, what is added to positions behind the prompt. `state` is what the model keeps on itself
-    about this sequence.
+    ids [L], `NO_ID` where a row stands for no token; `embeds` [1, L, D] and `features`, the keyword
+    arguments, come from the model's own `get_input_embeddings`. `positions` [3, L], or [L, 3] where
+    the model stacks them last, and `delta`, what is added to positions behind the prompt. `state`
+    is what the model keeps on itself about this sequence.
     """
 
     ids: list[int]
@@ -206,7 +208,7 @@ class VisionModel:
         given = {name: value for name, value in inputs.items() if value is not None}
         pixels = given.pop("pixel_values", None)
         mask = given.pop("mask", None)
-        with self.original():
+        with self.original(), keeping_weights(self.model):
             found = self.model.get_input_embeddings(array, pixels, mask=mask, **given)
         features = dict(given)
         features |= {
@@ -214,11 +216,6 @@ class VisionModel:
             for name, value in found.to_dict().items()
             if name != "inputs_embeds" and value is not None
         }
-        if found.inputs_embeds.shape[1] != len(ids):
-            raise RuntimeRefusal(
-                f"a prompt of {len(ids)} tokens became {found.inputs_embeds.shape[1]} rows: models "
-                "that put in more rows themselves are not supported"
-            )
         prepared = Prepared(
             list(ids), found.inputs_embeds, features, None, 0, 0, pixels is not None
         )
@@ -226,7 +223,50 @@ class VisionModel:
         if self.takes_positions:
             self._set_positions(prepared)
         self._write_state(self._fresh)
+        if found.inputs_embeds.shape[1] != len(ids):
+            prepared.ids = self._rows_of(prepared)
         return prepared
+
+    def _rows_of(self, prepared: Prepared) -> list[int]:
+        """An id for each row of a prompt whose images became more (or fewer) rows than tokens.
+
+        Raises RuntimeRefusal where something else than embeddings tells rows apart.
+        """
+        rows = prepared.embeds.shape[1]
+        said = f"a prompt of {len(prepared.ids)} tokens became {rows} rows"
+        looked = self._looked_at(prepared)
+        if looked is None or looked:
+            names = ", ".join(sorted(looked or ())) or "what is not known"
+            raise RuntimeRefusal(f"{said}, and the language model looks at {names} besides")
+        if self.takes_positions and prepared.positions is None:
+            raise RuntimeRefusal(f"{said} without positions")
+        if prepared.positions is not None and triples(prepared).shape[1] != rows:
+            raise RuntimeRefusal(f"{said} and {triples(prepared).shape[1]} positions")
+        if not self._needs_no_ids:
+            raise RuntimeRefusal(f"{said}, and the language model looks at ids besides")
+        text = self.embed([max(token, NO_ID) for token in prepared.ids])
+        return row_ids(prepared.ids, prepared.embeds[0], text)
+
+    @cached_property
+    def _needs_no_ids(self) -> bool:
+        """The original language model gives the same logits for embeddings without any ids."""
+        embeds = self.embed([0, 1, 2])[None]
+        given: dict[str, Any] = {}
+        if self.takes_positions:
+            shape = (1, 3, 3) if self._axis else (3, 1, 3)
+            given["position_ids"] = mx.zeros(shape, mx.int32)
+        found = []
+        try:
+            with self.original():
+                for ids in (mx.array([[0, 1, 2]], mx.int32), None):
+                    caches = own_caches.make_prompt_cache(self.language)
+                    output = self.language(ids, inputs_embeds=embeds, cache=caches, **given)
+                    found.append(output.logits)
+            return bool(mx.array_equal(*found))
+        except (ValueError, TypeError, AttributeError, IndexError, KeyError):
+            return False
+        finally:
+            self._write_state(self._fresh)
 
     def _gives_positions(self) -> bool:
         """The model tells the positions of a prompt before its language model runs."""
@@ -305,14 +345,20 @@ class VisionModel:
         """
         if not self.rewritten or not prepared.images:
             return self.rewritten
-        assert self.manifest is not None and self.manifest.contract is not None
+        placed = prepared.positions is not None or not self.takes_positions
+        return placed and not self._looked_at(prepared)
+
+    def _looked_at(self, prepared: Prepared) -> set[str] | None:
+        """Features of a prompt, but for embeddings and positions, that the language model reads.
+
+        None if that is not known.
+        """
+        if self.manifest is None or self.manifest.contract is None:
+            return None
         reads = set(self.manifest.contract["reads"])
         wanted = set(prepared.features) if "**" in reads else set(prepared.features) & reads
         wanted -= {"position_ids", "rope_deltas"}
-        if self.takes_positions:
-            wanted -= _FOR_POSITIONS
-            return not wanted and prepared.positions is not None
-        return not wanted
+        return wanted - _FOR_POSITIONS if self.takes_positions else wanted
 
     # ------------------------------------------------------------------- step
 
@@ -593,6 +639,12 @@ def _at(caches: list[Any], path: tuple[int, ...]) -> Any:
     for index in path[1:]:
         entry = entry[index]
     return entry
+
+
+def triples(prepared: Prepared) -> np.ndarray:
+    """Positions of a prompt that has any, [3, R]."""
+    assert prepared.positions is not None
+    return prepared.positions.T if prepared.axis else prepared.positions
 
 
 def _in_order(entry: Any, length: int, count: int) -> tuple[mx.array, mx.array]:

@@ -19,7 +19,7 @@ from .cache import cache_specs
 from .caches import ArraysCache, CacheList
 from .engine import UNKNOWN, Request
 from .errors import RuntimeRefusal
-from .vision import Prepared, VisionModel
+from .vision import Prepared, VisionModel, triples
 
 _RUN = 1 << 24  # rows that a run can have
 _FIRST = UNKNOWN - 1
@@ -42,7 +42,7 @@ class PromptKeys:
             digest.update(np.array(prepared.ids[start:stop], np.int64).tobytes())
             digest.update(_bytes(prepared.embeds[0, start:stop]))
             if prepared.positions is not None:
-                digest.update(_triples(prepared)[:, start:stop].astype(np.int64).tobytes())
+                digest.update(triples(prepared)[:, start:stop].astype(np.int64).tobytes())
             digest.update(content)
             if stop == len(keys):
                 digest.update(str(prepared.delta).encode())
@@ -103,17 +103,12 @@ def _plain(model: VisionModel, prepared: Prepared) -> np.ndarray:
     same = np.array(mx.all(text == prepared.embeds[0].astype(text.dtype), axis=-1))
     if prepared.positions is None:
         return same
-    table = _triples(prepared)
+    table = triples(prepared)
     following = np.concatenate([[0], np.maximum.accumulate(table.max(axis=0))[:-1] + 1])
     plain: np.ndarray = same & (table == following).all(axis=0)
     if table.max() + 1 != len(prepared) + prepared.delta:
         plain[-1] = False  # then what follows depends on the delta too
     return plain
-
-
-def _triples(prepared: Prepared) -> np.ndarray:
-    assert prepared.positions is not None
-    return prepared.positions.T if prepared.axis else prepared.positions
 
 
 def _content(prepared: Prepared) -> bytes:

@@ -28,7 +28,7 @@ from .errors import BadModel
 from .load import BROKEN, said
 from .manifest import Manifest
 from .verify import LONGEST, TOLERANCE, _windows
-from .vision import VisionModel, own, state_places
+from .vision import Prepared, VisionModel, own, state_places
 from .weights import randomise
 
 
@@ -168,25 +168,26 @@ def mixed(
 ) -> tuple[list[np.ndarray], str]:
     """The same logits from one ragged batch after another, sequences joining as others decode."""
     chance = random.Random(seed)
-    total = sum(len(case.prompt) + len(case.tokens) for case in cases)
+    total = sum(len(model.prepare(case.prompt, **case.inputs)) + len(case.tokens) for case in cases)
     blocks = -(-total // block_size) + 2 * len(cases)
     cache = PagedCache(model, block_size, num_blocks=blocks, poison=True, shuffle_seed=seed)
     rows: list[list[mx.array]] = [[] for _ in cases]
     waiting = list(range(len(cases)))
     names: dict[int, int] = {}
     fed: dict[int, int] = {}
+    prompts: dict[int, Prepared] = {}
     whole: dict[int, bool] = {}
     read = ""
     while waiting or names:
         if waiting and len(names) < 3:
             index = waiting.pop(0)
             case = cases[index]
-            prompt = model.prepare(case.prompt, **case.inputs)
+            prompt = prompts[index] = model.prepare(case.prompt, **case.inputs)
             whole[index] = not model.by_rows(prompt)
             if whole[index] and model.rewritten:
                 names[index], logits = model.read_alone(cache, prompt)
                 rows[index].append(logits)
-                fed[index] = len(case.prompt)
+                fed[index] = len(prompt)
                 read = "alone"
             else:
                 names[index] = cache.add_sequence()
@@ -198,20 +199,20 @@ def mixed(
         order = list(names)
         chance.shuffle(order)
         for index in order:
-            case, start = cases[index], fed[index]
-            if start < len(case.prompt):
-                rest = len(case.prompt) - start
+            prompt_ids, start = prompts[index].ids, fed[index]
+            if start < len(prompt_ids):
+                rest = len(prompt_ids) - start
                 count = rest if whole[index] else chance.randint(1, min(rest, 9))
-                tokens[names[index]] = list(case.prompt[start : start + count])
+                tokens[names[index]] = prompt_ids[start : start + count]
             else:
-                tokens[names[index]] = [case.tokens[start - len(case.prompt)]]
+                tokens[names[index]] = [cases[index].tokens[start - len(prompt_ids)]]
         logits = cache.step(tokens)
         mx.eval(logits, cache.arrays())
         for place, index in enumerate(order):
             fed[index] += len(tokens[names[index]])
-            if fed[index] >= len(cases[index].prompt):
+            if fed[index] >= len(prompts[index]):
                 rows[index].append(logits[place : place + 1])
-            if fed[index] == len(cases[index].prompt) + len(cases[index].tokens):
+            if fed[index] == len(prompts[index]) + len(cases[index].tokens):
                 model.detach(names[index])
                 cache.free(names.pop(index))
     return [np.array(mx.concatenate(part).astype(mx.float32)) for part in rows], read

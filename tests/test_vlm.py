@@ -15,6 +15,7 @@ from mlxrewrite.runtime.cache import PagedCache
 from mlxrewrite.runtime.errors import BadModel, RuntimeRefusal
 from mlxrewrite.runtime.vision import VisionModel
 from mlxrewrite.runtime.vision_generate import decode, wrapped
+from mlxrewrite.runtime.vision_rows import NO_ID, row_ids
 from mlxrewrite.runtime.vision_verify import build, verify
 from vlm_checkpoint import make_checkpoint
 from vlm_prompts import FOLDER, read
@@ -190,12 +191,80 @@ def test_a_prompt_with_images_cannot_be_cut_where_the_model_runs_whole():
         cache.step({name: ids[:5]})
 
 
-def test_images_that_become_more_rows_than_their_tokens_are_refused():
-    config, _ = read(FOLDER / "llava_next.json")
+def test_images_that_become_more_rows_than_their_tokens_have_rows_without_ids():
+    """mlx_vlm's llava_next puts 16 rows in for one token; text around them keeps its ids."""
+    config, images = read(FOLDER / "llava_next.json")
     model = VisionModel(build(config, 0))
-    pixels = mx.zeros((1, 1, 3, 16, 16))
-    with pytest.raises(RuntimeRefusal, match="a prompt of 4 tokens became"):
-        model.prepare([3, config["image_token_index"], 4, 5], pixel_values=pixels)
+    (first, second), rows = images, 16
+    prompts = [model.prepare(ids, **inputs) for ids, inputs in (first, second)]
+    assert prompts[0].ids == [3, 4, *[NO_ID] * rows, 9, 10, 11]
+    assert prompts[1].ids == [*[NO_ID] * rows, 8, 7]
+    assert all(prompt.embeds.shape[1] == len(prompt) for prompt in prompts)
+    assert all(model.by_rows(prompt) for prompt in prompts)
+
+
+def test_rows_of_text_are_found_from_both_ends():
+    text = mx.arange(40, dtype=mx.float32).reshape(10, 4)
+
+    def rows(ids, *parts):
+        told = mx.concatenate([text[mx.array(p)] if type(p) is list else p for p in parts])
+        return row_ids(ids, told, text[mx.array([max(token, 0) for token in ids])])
+
+    image = -mx.ones((3, 4))
+    assert rows([1, 9, 2, 3], [1], image, [2, 3]) == [1, 0, 0, 0, 2, 3]
+    assert rows([9, 2], image, [2]) == [0, 0, 0, 2]
+    assert rows([2, -200], [2], image) == [2, 0, 0, 0]
+    # Of equal tokens on both sides of the image each is found once.
+    assert rows([5, 9, 5, 5], [5], image, [5, 5]) == [5, 0, 0, 0, 5, 5]
+    assert rows([5, 5, 5], [5], [5]) == [5, 5]
+    assert rows([1, 9, 9, 9, 9, 2], [1], image, [2]) == [1, 0, 0, 0, 2]
+
+
+def test_rows_without_ids_are_refused_where_the_language_model_looks_at_ids(monkeypatch):
+    config, images = read(FOLDER / "llava_next.json")
+    model = VisionModel(build(config, 0))
+    call = type(model.language).__call__
+
+    def looking(self, inputs, *args, **kwargs):
+        output = call(self, inputs, *args, **kwargs)
+        output.logits = output.logits + inputs[..., None] * 0.1
+        return output
+
+    with model.original():
+        monkeypatch.setattr(type(model.language), "__call__", looking)
+    with pytest.raises(RuntimeRefusal, match=r"of 6 tokens became 21 rows.* looks at ids"):
+        model.prepare(images[0][0], **images[0][1])
+
+
+def test_a_prompt_that_changes_shared_weights_is_refused_and_leaves_them_alone():
+    """mlx_vlm's phi4mm swaps the adapters merged into its language model for a prompt with audio;
+    sequences with text or images run on the ones that it was loaded with."""
+    config, images = read(FOLDER / "phi4mm.json")
+    original = build(config, 0)
+    key = "language_model.model.layers.0.self_attn.o_proj.weight"
+    weight = original.language_model.model.layers[0].self_attn.o_proj.weight
+    down, up = mx.ones((2, weight.shape[1])), mx.ones((weight.shape[0], 2))
+    original._base_weights = {key: weight - up @ down}
+    original._vision_lora_a, original._vision_lora_b = {key: down}, {key: up}
+    original._speech_lora_a, original._speech_lora_b = {key: down}, {key: -up}
+    original._vision_lora_scale = original._speech_lora_scale = 1.0
+    model = VisionModel(original)
+
+    def answers():
+        prompts = [
+            model.prepare(ids, **inputs) for ids, inputs in ((list(range(3, 9)), {}), *images)
+        ]
+        return list(decode(model, prompts, max_tokens=4, block_size=4))
+
+    before, weights = answers(), dict(tree_flatten(original.parameters()))
+    told = dict(vars(original))
+    audio = {"input_audio_embeds": mx.ones((1, 16, 16)), "audio_embed_sizes": mx.array([4])}
+    with pytest.raises(RuntimeRefusal, match=r"change 1 of its weights .*o_proj\.weight"):
+        model.prepare([3, *[121] * 4, 5], **audio)
+    after = dict(tree_flatten(original.parameters()))
+    assert all(after[name] is value for name, value in weights.items())
+    assert vars(original) == told
+    assert answers() == before
 
 
 @pytest.mark.parametrize("kind", ["nothing", "diffusion"])

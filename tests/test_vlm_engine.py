@@ -18,7 +18,7 @@ from vlm_prompts import FOLDER, read
 TEXTS = [([5, 6, 7, 8, 9, 10, 11], {}), (list(range(3, 40)), {})]
 
 
-@pytest.fixture(scope="module", params=["qwen2_vl", "qwen3_vl", "llava"])
+@pytest.fixture(scope="module", params=["qwen2_vl", "qwen3_vl", "llava", "llava_next"])
 def family(request):
     """A model, prompts with and without images, and the tokens that each gives alone."""
     config, images = read(FOLDER / f"{request.param}.json")
@@ -51,7 +51,7 @@ def test_all_at_once_in_chunks(family):
 
 def test_those_that_give_way_begin_again(family):
     model, prompts, wanted = family
-    longest = max(len(ids) for ids, _ in prompts)
+    longest = max(len(model.prepare(ids, **inputs)) for ids, inputs in prompts)
     blocks = -(-(longest + 7) // 4) + 2
     engine = Engine(model, block_size=4, num_blocks=blocks, max_rows=16, poison=True)
     assert answers(engine, model, prompts) == wanted
