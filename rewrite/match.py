@@ -97,7 +97,8 @@ class Mixer:
         self.program = program
         self.cls = cls
         self.source: Source = program.modules[cls.module].source
-        self.methods = [m for name, m in cls.methods.items() if name not in NOT_FORWARD]
+        beside = NOT_FORWARD | program.unnamed(cls)
+        self.methods = [m for name, m in cls.methods.items() if name not in beside]
         self.caches = {id(value): value for value in self._cache_values()}
         self.fetches = [f for m in self.methods for f in self._fetches(m)]
         self.attends = [a for m in self.methods for a in attends(program, m)]

@@ -9,8 +9,9 @@ from functools import cached_property
 from .diagnostics import error
 from .ir import Diagnostic, Emitted, Match, ModuleFacts, Place, Plan, Refusal, Verdict
 from .languages import outside, settle
+from .match import NOT_FORWARD, place
 from .passes.axes import Proof, Proofs
-from .passes.classify import classify
+from .passes.classify import classify, classify_class
 from .passes.emit import emit
 from .passes.facts import absolute_module, facts
 from .passes.kept import kept_state
@@ -47,6 +48,7 @@ class Compiler:
     settled: dict[str, Verdict] = field(default_factory=dict)
     plans: dict[str, Plan] = field(default_factory=dict)
     linked: dict[str, tuple[Program, Judgements]] = field(default_factory=dict)
+    programs: dict[str, Program] = field(default_factory=dict)
 
     def compile(self, name: str) -> Compiled:
         """One module, with everything it imports from the package."""
@@ -129,12 +131,18 @@ class Compiler:
         package = installed_package(name)
         return package is not None and package.path_of(name) is not None
 
-    def judge(self, program: Program, module: ModuleFacts) -> dict[str, Match | Refusal]:
+    def judge(self, module: ModuleFacts) -> dict[str, Match | Refusal]:
+        """What a module's classes are, from it and what it imports, whoever asks."""
         name = module.source.module
         if name not in self.judgements:
-            # A module's closure is part of every closure it is in: the program knows enough.
-            self.judgements[name] = self._judge(program, module)
+            self.judgements[name] = self._judge(self.program(name), module)
         return self.judgements[name]
+
+    def program(self, name: str) -> Program:
+        """The module's closure, linked."""
+        if name not in self.programs:
+            self.programs[name] = Program({m.source.module: m for m in self.closure(name)})
+        return self.programs[name]
 
     def _judge(self, program: Program, module: ModuleFacts) -> dict[str, Match | Refusal]:
         if self.is_target(module):
@@ -149,9 +157,8 @@ class Compiler:
         """The module's closure, linked, and what its classes are."""
         name = module.source.module
         if name not in self.linked:
-            reached = self.closure(name)
-            program = Program({m.source.module: m for m in reached})
-            groups = [self.judge(program, m) for m in reached]
+            program = self.program(name)
+            groups = [self.judge(m) for m in program.modules.values()]
             merged = {cls: found for group in groups for cls, found in group.items()}
             self.linked[name] = program, merged
         return self.linked[name]
@@ -192,17 +199,40 @@ class Compiler:
         if not self.package.nested:
             return {m.source.module: self.verdict(m) for m in targets}
         entry = self.package.entry
-        found = {
-            m.source.module: verdict(program, m, judgements, entry, nested=True) for m in targets
-        }
+        found = {}
+        for m in targets:
+            own = verdict(program, m, judgements, entry, nested=True)
+            found[m.source.module] = self._with_named(program, own)
         return settle(program, found, judgements)
+
+    def _with_named(self, program: Program, own: Verdict) -> Verdict:
+        """Not token-major if a class is something else with methods that only this program calls:
+        its file was judged without them."""
+        reasons = []
+        for cls in program.reachable(own.entry).values() if own.entry is not None else ():
+            for owner in program.lineage(cls):
+                module = self.load(owner.module)
+                if own.mode != "sites" or module is None:
+                    continue
+                alone, judgements = self.judged(module)
+                named = alone.unnamed(owner) - program.unnamed(owner) - NOT_FORWARD
+                known = judgements.get(owner.qualified)
+                if named and not _alike(classify_class(program, owner), known):
+                    where = place(program.modules[owner.module].source, owner.syntax.name_span)
+                    calls = ", ".join(sorted(named))
+                    message = f"`{owner.name}` is another mixer with what only others call: {calls}"
+                    reasons.append(Diagnostic("sibling", message, where))
+        if not reasons:
+            return own
+        return Verdict("model", own.entry, tuple(dict.fromkeys(reasons)))
 
     def verdict(self, module: ModuleFacts) -> Verdict:
         """How a file is run: token-major only if its rewritten text is proved row by row."""
         name = module.source.module
         if name not in self.settled:
             program, judgements = self.judged(module)
-            found = verdict(program, module, judgements, self.package.entry)
+            own = verdict(program, module, judgements, self.package.entry)
+            found = self._with_named(program, own)
             self.settled[name] = found  # for a circle of imports
             reasons, assumptions = found.reasons, found.assumptions
             if found.mode == "sites":
@@ -254,6 +284,14 @@ def _syntax(problem: ParseError) -> Diagnostic:
     column = problem.column
     where = Place(problem.source.path, problem.line, column, column + 1, line)
     return error("syntax", problem.message, where)
+
+
+def _alike(one: Match | Refusal | None, two: Match | Refusal | None) -> bool:
+    """Two judgements of a class that rewrite the same places, or none."""
+    if not isinstance(one, Match) or not isinstance(two, Match):
+        return type(one) is type(two)
+    forms = [form for form in (one, one.otherwise) if isinstance(form, Match)]
+    return any(form.kind == two.kind and form.sites == two.sites for form in forms)
 
 
 def without_proof(found: dict[str, Match | Refusal]) -> dict[str, Match | Refusal]:

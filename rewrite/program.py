@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -14,6 +15,7 @@ class Program:
 
     modules: dict[str, ModuleFacts]
     _resolved: dict[str, str] = field(default_factory=dict)
+    _unnamed: dict[str, frozenset[str]] = field(default_factory=dict)
 
     def resolve(self, dotted: str) -> str:
         """Follow re-exports: the name under which a thing is defined."""
@@ -68,6 +70,30 @@ class Program:
             if name in owner.methods:
                 return owner, owner.methods[name]
         return None
+
+    def unnamed(self, cls: ClassFacts) -> frozenset[str]:
+        """Methods of a module's class that nothing in the program names: no forward runs them.
+
+        Only of classes that derive from mlx.nn: what is called of others (caches, configs) may be
+        named in libraries that are not read.
+        """
+        if cls.qualified not in self._unnamed:
+            self._unnamed[cls.qualified] = self._find_unnamed(cls)
+        return self._unnamed[cls.qualified]
+
+    def _find_unnamed(self, cls: ClassFacts) -> frozenset[str]:
+        lines = list(self.lineage(cls))
+        bases = [base for owner in lines for base in owner.bases]
+        if not any(base.op == "global" and base.data.startswith("mlx.nn.") for base in bases):
+            return frozenset()
+        names = {name for owner in lines for name in owner.methods if not name.startswith("__")}
+        if not names:
+            return frozenset()
+        own = {owner.module for owner in lines}
+        texts = [(m.source.data, name in own) for name, m in self.modules.items()]
+        if any(_MADE_NAME.search(text) for text, _ in texts):
+            return frozenset()
+        return frozenset(n for n in names if not any(_names(t, n, mine) for t, mine in texts))
 
     def attribute(self, cls: ClassFacts, name: str) -> Value | None:
         for owner in self.lineage(cls):
@@ -160,6 +186,17 @@ class Program:
                 if hit is not None:
                     found.append(hit)
         return found
+
+
+# An attribute whose name the text does not hold.
+_MADE_NAME = re.compile(rb"getattr\(\s*[^,\n]+,\s*[^\"'\s]|\b(?:methodcaller|attrgetter)\b")
+
+
+def _names(text: bytes, name: str, mine: bool) -> bool:
+    """A text may reach a method: as an attribute, by a string or, in its class's file, barely."""
+    word = re.escape(name.encode())
+    pattern = rb"(?<!def )\b" if mine else rb"(?:\.\s*|[\"'])"
+    return re.search(pattern + word + rb"\b", text) is not None
 
 
 def _globals(callee: Value) -> Iterator[str]:

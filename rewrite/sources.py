@@ -117,25 +117,34 @@ class Package:
         return sorted(path.parent.name for path in self.root.glob("*/__init__.py"))
 
     def followed(self, own: set[str]) -> dict[str, set[str]]:
-        """For each folder the folders of `own` that it imports from, directly or through others."""
-        dotted = re.escape(self.name.encode())
-        sibling = re.compile(rb"^\s*from (?:\.\.|%s\.)(\w+)[\w.]* import" % dotted, re.MULTILINE)
+        """For each folder the folders of `own` whose language model it takes: it imports the class
+        that generates, or else a whole `Model`, whose language model may be another folder's."""
         known = set(self.folders())
-        found = {
-            name: {
-                other.decode()
-                for path in sorted((self.root / name).glob("*.py"))
-                for other in sibling.findall(path.read_bytes())
-            }
-            & known
-            for name in known
-        }
-        for _ in known:
-            more = {n: f | {o for x in f - own for o in found[x]} for n, f in found.items()}
-            if more == found:
-                break
-            found = more
-        return {name: (others & own) - {name} for name, others in found.items()}
+        direct: dict[str, set[str]] = {}
+        models: dict[str, set[str]] = {}
+        for name in known:
+            direct[name], models[name] = set(), set()
+            for path in sorted((self.root / name).glob("*.py")):
+                for other, names in self._siblings(path.read_bytes()):
+                    for wanted, found in ((self.entry, direct), ("Model", models)):
+                        if wanted in names and other in known and other != name:
+                            found[name].add(other)
+
+        def taken(name: str, seen: frozenset[str]) -> set[str]:
+            if name in own:
+                return {name}
+            others = (direct[name] or models[name]) - seen
+            return set().union(*(taken(other, seen | {name}) for other in others))
+
+        return {name: taken(name, frozenset()) - {name} for name in known}
+
+    def _siblings(self, text: bytes) -> Iterator[tuple[str, set[str]]]:
+        """Folders that a file imports from, with the names it takes there."""
+        dotted = re.escape(self.name.encode())
+        pattern = rb"^[ \t]*from (?:\.\.|%s\.)(\w+)[\w.]* import[ \t]*(\([^)]*\)|[^\n]*)" % dotted
+        for folder, names in re.findall(pattern, text, re.MULTILINE):
+            parts = re.sub(rb"#[^\n]*|[()]", b"", names).split(b",")
+            yield folder.decode(), {part.split()[0].decode() for part in parts if part.strip()}
 
     def read(self, module: str) -> Source | None:
         """The source of a module, or None if it is not in the package.

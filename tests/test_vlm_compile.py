@@ -354,3 +354,78 @@ def test_a_view_takes_marks_and_nothing_that_a_cache_keeps():
     for name in ("offset", "left_padding", "_idx", "keys"):
         with pytest.raises(AttributeError):
             setattr(view, name, 1)
+
+
+def test_folders_that_take_another_folder_s_language_model_and_those_that_take_less(tmp_path):
+    texts = {
+        "own": "class LanguageModel: ...\nclass Model: ...\n",
+        "whole": "from ..own.own import (\n    Model,  # and all in it\n    helper,\n)\n",
+        "late": "def f():\n    from models.whole import Model as Other\n",
+        "both": "from ..whole import Model as M\nfrom ..other.language import LanguageModel, X\n",
+        "other": "class LanguageModel: ...\n",
+        "parts": "from ..own.language import LanguageModelOutput\nfrom ..own import Models\n",
+        "circle": "from ..circle2 import Model\n",
+        "circle2": "from ..circle import Model\nfrom ..parts import Model\n",
+    }
+    for name, text in texts.items():
+        folder = tmp_path / "models" / name
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").write_text(text if name in ("late", "parts") else "")
+        (folder / "language.py").write_text("" if name in ("late", "parts") else text)
+    (tmp_path / "models" / "__init__.py").touch()
+    package = locate(str(tmp_path / "models")).package
+    found = {name: taken for name, taken in package.followed({"own", "other"}).items() if taken}
+    assert found == {"whole": {"own"}, "late": {"own"}, "both": {"other"}}
+
+
+ROLLBACK = (
+    LANGUAGE
+    + """
+    def rollback(self, caches, accepted):
+        for c in caches:
+            c[0] = c[0][:, accepted:]
+            c.keys = c.keys[..., :accepted, :]
+"""
+)
+
+
+def test_a_method_that_nothing_names_does_not_decide(tmp_path):
+    done = compiled(tmp_path, ROLLBACK)
+    assert done.emitted.plan.route == "kernel", done.emitted.plan.notes
+    assert b"c.keys = c.keys[..., :accepted, :]" in done.emitted.code
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        "        self.rollback(cache, 1)\n",
+        "        getattr(self, 'rollback')(cache, 1)\n",
+        "        getattr(self, self._deltas)(cache, 1)\n",  # whatever that is
+    ],
+)
+def test_a_method_that_a_forward_may_reach_decides(tmp_path, named):
+    where = "        for layer, c in zip(self.layers, cache):\n"
+    assert where in ROLLBACK
+    done = compiled(tmp_path, ROLLBACK.replace(where, named + where))
+    assert done.emitted.plan.route == "model"
+
+
+def test_a_method_that_only_another_file_calls_decides_there(tmp_path):
+    other = """
+    from ..seen.language import LanguageModel as Base
+
+    class LanguageModel(Base):
+        def __call__(self, inputs, inputs_embeds=None, mask=None, cache=None, **kwargs):
+            self.rollback(cache, 1)
+            return super().__call__(inputs, inputs_embeds, mask, cache, **kwargs)
+    """
+    folder = tmp_path / "models" / "other"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").touch()
+    (folder / "language.py").write_text("")
+    assert compiled(tmp_path, ROLLBACK).emitted.plan.route == "kernel"
+    (folder / "language.py").write_text(textwrap.dedent(other))
+    done = Compiler(locate(str(tmp_path / "models")).package).compile("models.other.language")
+    assert done.emitted.plan.route == "model"
+    messages = [note.message for note in done.emitted.plan.notes]
+    assert any("what only others call: rollback" in message for message in messages)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..ir import Diagnostic, Match, Miss, ModuleFacts, Refusal
+from ..ir import ClassFacts, Diagnostic, Match, Miss, ModuleFacts, Refusal
 from ..kinds import all_kinds
 from ..match import Mixer
 from ..program import Program
@@ -12,11 +12,16 @@ def classify(program: Program, module: ModuleFacts) -> dict[str, Match | Refusal
     """Judge every class of a module that mixes tokens, by qualified class name."""
     found: dict[str, Match | Refusal] = {}
     for cls in module.classes.values():
-        mixer = Mixer(program, cls)
-        judged = _judge(mixer) if mixer.mixes else _bystander(mixer)
+        judged = classify_class(program, cls)
         if judged is not None:
             found[cls.qualified] = judged
     return found
+
+
+def classify_class(program: Program, cls: ClassFacts) -> Match | Refusal | None:
+    """What one class is in a program; None if it does nothing about tokens and caches."""
+    mixer = Mixer(program, cls)
+    return _judge(mixer) if mixer.mixes else _bystander(mixer)
 
 
 def _judge(mixer: Mixer) -> Match | Refusal | None:
