@@ -360,6 +360,7 @@ class PagedCache:
                 batch = self._batch(rows, [tokens[part.sequence] for part in rows], wanted)
                 with sequence_ends(batch.positions, batches.row_ends(rows)):
                     made = batches.logits_of(self.model(batch.ids, cache=self._views(batch)))
+                self._require_grown(rows)
                 logits = _selected(made, batch)
                 if single:
                     self._recorder.learn(batch)
@@ -575,6 +576,31 @@ class PagedCache:
                 table = self._sequences[part.sequence].tables[index]
                 certain = max(0, part.end - self._rollback)
                 self._release(group, table.drop_unseen(certain, self.block_size, group.retention))
+
+    def _require_grown(self, rows: tuple[Rows, ...]) -> None:
+        """Entries that told where the step's rows stand got these rows.
+
+        Positions are those of the sequences, and upstream's are what its cache was given so far: of
+        one that a layer does not write to, they stay where they are.
+        """
+        for (entry, *path), leaf in self._leaves.items():
+            if leaf.asked == self._serial and not self._grown(leaf, rows):
+                name = ".".join(map(str, (entry, *path)))
+                raise RuntimeRefusal(
+                    f"positions were read from cache entry {name}, and no layer wrote this step's "
+                    "rows to it: in the original they would stay behind those of the sequence"
+                )
+
+    def _grown(self, leaf: Leaf, rows: tuple[Rows, ...]) -> bool:
+        if not leaf.per_sequence:
+            return leaf.pool.serial == self._serial
+        for part in rows:
+            own = self._originals_of(part.sequence)[leaf.entry]
+            for index in leaf.path:
+                own = own[index]
+            if own.offset != part.end:
+                return False
+        return True
 
     def _release(self, group: _Group, blocks: Sequence[int]) -> None:
         freed = group.allocator.release(blocks)

@@ -18,7 +18,8 @@ import numpy as np
 from . import caches
 from .batch import Batch
 from .masks import MaskSpec
-from .per_sequence import find_views
+from .per_sequence import find_views, require_no_step
+from .rope import apart
 from .rows import Rows
 from .states import StateTable
 from .views import StateView, View
@@ -117,7 +118,8 @@ def per_length(method: _Method) -> _Method:
     Arguments: arrays [T, 1, ...] become [N, L, ...]; per-row factors [T, 1, 1, 1] become
     [N, 1, L, 1]; the positions become those of the first rows, [N], and integers [T] computed from
     them the entries of those rows; views of states become `BatchedState`; masks of states become
-    None. Without a view among the arguments the method runs as it is. Results [N, L, ...], or
+    None. Outside of steps the method runs as it is, inside RuntimeRefusal is raised where no
+    argument is a view. Results [N, L, ...], or
     tuples or lists of them, come back as [T, 1, ...].
     """
 
@@ -125,13 +127,15 @@ def per_length(method: _Method) -> _Method:
     def run(*args: Any, **kwargs: Any) -> Any:
         views = tuple(find_views((args[1:], kwargs)))
         if not views:
+            require_no_step(method)
             return method(*args, **kwargs)
         batch = views[0].batch
         groups = groups_of(batch, views)
         results = []
         for group in groups:
             gather = Gather(batch, group)
-            results.append(method(args[0], *gather(args[1:]), **gather(kwargs)))
+            with apart():
+                results.append(method(args[0], *gather(args[1:]), **gather(kwargs)))
         return rows_of(results, groups, batch.num_rows, method)
 
     return run

@@ -16,7 +16,9 @@ import mlx.core as mx
 from mlx_lm.models import base as upstream
 
 from .batch import Batch
+from .errors import RuntimeRefusal
 from .masks import MaskSpec, require_kept
+from .rope import apart, in_step
 from .rows import Rows
 from .views import Handle, ListView, PagedView, StateView, View
 
@@ -29,20 +31,23 @@ def per_sequence(method: _Method) -> _Method:
     Arguments: arrays [T, 1, ...] are cut to the sequence's rows as [1, L, ...]; per-row factors
     [T, 1, 1, 1] become [1, 1, L, 1]; the positions become the number of the sequence's first one,
     and integers [T] computed from them the entry of that row; views become the sequence's own
-    original caches; masks become what those caches make. Without a view among the arguments the
-    method runs as it is. Results [1, L, ...], or tuples or lists of them, come back as [T, 1, ...].
+    original caches; masks become what those caches make. Outside of steps the method runs as it is,
+    inside RuntimeRefusal is raised where no argument is a view. Results [1, L, ...], or tuples or
+    lists of them, come back as [T, 1, ...].
     """
 
     @functools.wraps(method)
     def run(*args: Any, **kwargs: Any) -> Any:
         views = tuple(find_views((args[1:], kwargs)))
         if not views:
+            require_no_step(method)
             return method(*args, **kwargs)
         batch = views[0].batch
         results = []
         for part in batch.rows:
             split = _Split(batch, part, views)
-            results.append(method(args[0], *split(args[1:]), **split(kwargs)))
+            with apart():
+                results.append(method(args[0], *split(args[1:]), **split(kwargs)))
         return _join(results, batch.rows, method)
 
     return run
@@ -64,7 +69,8 @@ def per_sequence_model(method: _Method) -> _Method:
         kept = []
         for part in batch.rows:
             split = _Split(batch, part, views)
-            logits = method(args[0], *split(args[1:]), **split(kwargs))
+            with apart():
+                logits = method(args[0], *split(args[1:]), **split(kwargs))
             rows = [row - part.start for row in batch.wanted if part.start <= row < part.stop]
             if rows == list(range(part.length)):
                 kept.append(logits[0])
@@ -73,6 +79,15 @@ def per_sequence_model(method: _Method) -> _Method:
         return (kept[0] if len(kept) == 1 else mx.concatenate(kept))[:, None]
 
     return run
+
+
+def require_no_step(method: _Method) -> None:
+    """A mixer without a cache cannot tell whose rows it is given, and would begin with each."""
+    if in_step():
+        raise RuntimeRefusal(
+            f"{method.__qualname__}: called without a cache, so that no row would go on from the "
+            "one before it; give it the cache of its layer"
+        )
 
 
 def find_views(value: Any) -> Iterator[View]:

@@ -12,7 +12,7 @@ import mlx.core as mx
 from mlx import nn
 from mlx_lm.models import rope_utils
 
-__all__ = ["RaggedDynamicNTK", "initialize_rope", "sequence_ends"]
+__all__ = ["RaggedDynamicNTK", "apart", "in_step", "initialize_rope", "sequence_ends"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,21 @@ def sequence_ends(positions: mx.array, ends: mx.array) -> Iterator[None]:
     `positions` [T] is the array that views give as their offset; ropes know the step by it.
     """
     token = _STEP.set(_Ends(positions, ends))
+    try:
+        yield
+    finally:
+        _STEP.reset(token)
+
+
+def in_step() -> bool:
+    """Whether a model runs on rows of many sequences."""
+    return _STEP.get() is not None
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """While code runs on the rows of single sequences, as in their own models."""
+    token = _STEP.set(None)
     try:
         yield
     finally:

@@ -94,7 +94,9 @@ def paged_mask(
 
 def chunked_mask(cache: Any, chunk: int) -> MaskSpec:
     """A row sees the earlier positions of its own chunk of `chunk` positions."""
-    return MaskSpec(chunk=chunk, path=_view(cache, "chunked_mask").path)
+    view = _view(cache, "chunked_mask")
+    view.offset  # noqa: B018 (chunks are counted from where the rows stand)
+    return MaskSpec(chunk=chunk, path=view.path)
 
 
 def sequence_mask(h: mx.array, cache: Any = None) -> MaskSpec:

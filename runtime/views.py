@@ -11,6 +11,7 @@ import mlx.core as mx
 from . import caches
 from .batch import Batch
 from .caches import Retention, Spec
+from .errors import RuntimeRefusal
 from .masks import MaskSpec
 from .opaque import Opaque
 from .pools import EntryPool
@@ -23,7 +24,8 @@ class Leaf:
 
     `group` is the index of the layers that share its block tables. The pool is made when the first
     keys arrive, since only they tell its shape; None still, later, means that the entry is used by
-    mixers that run once per sequence.
+    mixers that run once per sequence. `asked` is the latest step in which somebody asked where its
+    rows stand.
     """
 
     spec: Spec
@@ -33,6 +35,7 @@ class Leaf:
     path: tuple[int, ...]
     pool: EntryPool
     per_sequence: bool = False
+    asked: int = -1
 
 
 @dataclass(slots=True, eq=False)
@@ -130,12 +133,37 @@ class PagedView(View):
         super().__init__(leaf.spec, batch, leaf.entry, leaf.path)
         self.leaf = leaf
 
+    @property
+    def offset(self) -> mx.array:
+        """Each row's position, [T] int32. The same array for every entry of a step.
+
+        Raises RuntimeRefusal once this step's rows are written: upstream's cache would count them.
+        """
+        leaf, batch = self.leaf, self.batch
+        leaf.asked = batch.serial
+        if self._grown() if leaf.per_sequence else leaf.pool.serial == batch.serial:
+            raise RuntimeRefusal(
+                f"{self!r}: its positions are read after this step's rows were written to it; the "
+                "original would count on from the end of each chunk. Read them before"
+            )
+        return batch.positions
+
+    def _grown(self) -> bool:
+        """Whether the caches of a mixer that runs once per sequence have this step's rows."""
+        first = self.batch.rows[0]
+        own = self.batch.originals.of(first.sequence)[self.entry]
+        for index in self.path:
+            own = own[index]
+        return bool(own.offset != first.position)
+
     def make_mask(
         self, N: int, window_size: int | None = None, return_array: bool = False
     ) -> MaskSpec:
         """A cache with a window masks with it where it is asked for none."""
         del N
         kept = self.leaf.retention.window
+        if window_size or kept:  # which rows a window shows depends on where they stand
+            self.leaf.asked = self.batch.serial
         return MaskSpec(
             window=window_size or kept, return_array=return_array, path=self.path, kept=kept
         )

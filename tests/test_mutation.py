@@ -28,7 +28,7 @@ from mutation.operators import all_operators
 from mutation.report import Row, summary
 from mutation.running import Died, Job, rows_of
 from mutation.source import File
-from mutation.worlds import Library
+from mutation.worlds import Library, Rewritten
 
 # One file of each structure: plain, handwritten softmax, latent, windows, packed, states, experts.
 FILES = (
@@ -345,6 +345,112 @@ def test_an_element_of_another_sequence_is_not_taken():
     found = list(mutants(library(), "kimi_linear", ("tokens-flat-index",)))
     for mutant in (m for m in found if m.number in (5, 7)):
         assert judge("kimi_linear").of(mutant.texts(file)).outcome in (KEPT, MODEL), mutant.where
+
+
+def changed(name: str, *pairs: tuple[str, str]) -> Verdict:
+    """What becomes of a file in which each first text stands as the second."""
+    text = library().text(name)
+    for old, new in pairs:
+        assert old in text, old
+        text = text.replace(old, new, 1)
+    return judge(name).of({name: text})
+
+
+def test_positions_of_caches_that_no_layer_writes_stay_where_they_are():
+    """Blocks return before their attention: the original's positions are those of an empty cache,
+    whatever came before."""
+    never_wrong("gpt2", "early-return", MODEL)
+
+
+_GPT2 = """\
+        for layer, c in zip(self.h, cache):
+            hidden_states = layer(hidden_states, mask, cache=c)
+"""
+_GPT2_BUT = """\
+        for i, (layer, c) in enumerate(zip(self.h, cache)):
+            if i == {}:
+                {}
+            hidden_states = layer(hidden_states, mask, cache=c)
+"""
+
+
+@pytest.mark.parametrize(
+    ("layer", "way", "outcome"),
+    [(0, "continue", LOUD), (0, "break", LOUD), (1, "continue", KEPT), (1, "break", KEPT)],
+)
+def test_a_layer_that_is_left_out_keeps_its_positions(layer, way, outcome):
+    """The first layer's cache tells the positions; the others may have any."""
+    verdict = changed("gpt2", (_GPT2, _GPT2_BUT.format(layer, way)))
+    assert verdict.outcome == outcome, verdict
+    assert outcome == KEPT or "cache entry 0" in verdict.reason
+
+
+def test_a_mixer_that_returns_early_by_its_config_keeps_its_positions():
+    """Which way a config goes is not known when the file is compiled: the run tells."""
+    start = "        B, L, D = x.shape\n"
+    leaves = "        if self.n_embd == 64:\n            return x\n"
+    verdict = changed("gpt2", (start, start + leaves))
+    assert verdict.outcome == LOUD, verdict
+    assert "cache entry 0" in verdict.reason
+
+
+def test_positions_read_behind_the_layers_are_not_those_before():
+    """The original's cache counts this chunk by then."""
+    late = """\
+        offset = mx.array(cache[0].offset)
+        hidden_states = hidden_states + self.wpe(mx.arange(L) + offset[..., None])
+"""
+    verdict = changed("gpt2", (_GPT2, _GPT2 + late))
+    assert verdict.outcome == MODEL, verdict
+    within = _GPT2.replace("cache=c)", "cache=c)\n            offset = cache[0].offset")
+    second = within + late.replace("mx.array(cache[0].offset)", "mx.array(offset)")
+    verdict = changed("gpt2", (_GPT2, second))
+    assert verdict.outcome in (MODEL, LOUD), verdict
+
+
+def test_a_mixer_without_its_cache_is_refused():
+    """Each piece of a prompt begins anew, in the original; rows alone would each begin anew."""
+    never_wrong("mamba", "layer-cache-missing", MODEL)
+
+
+_MAMBA = """\
+        for layer, c in zip(self.layers, cache):
+            x = layer(x, c)
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "outcome"),
+    [
+        ("c if layer is self.layers[0] else None", LOUD),
+        ("[None, None]", MODEL),
+        ("ArraysCache(2)", MODEL),
+        ("[c[0], c[1]]", LOUD),
+        ("cache[0]", KEPT),
+    ],
+)
+def test_what_stands_in_for_a_mixers_cache_is_it_or_told(given, outcome):
+    verdict = changed("mamba", (_MAMBA, _MAMBA.replace("(x, c)", f"(x, {given})")))
+    assert verdict.outcome == outcome, verdict
+
+
+def test_a_cast_of_latents_is_no_difference_but_rounding():
+    """Float32 differs in its last place from one way of computing to another; next to the border
+    between two values of float16 that is a whole unit of float16, in the original as well."""
+    never_wrong("deepseek_v3", "fetch-half", KEPT, UNSTEADY)
+
+
+def test_a_cast_of_latents_that_is_dropped_is_told(monkeypatch):
+    name = "deepseek_v3"
+    file = File(name, library().text(name))
+    (mutant,) = mutants(library(), name, ("fetch-half",))
+    right = Judge._rewritten
+
+    def wrong(self, rewritten, weights):
+        return right(self, Rewritten(library(), name, {name: file.text}), weights)
+
+    monkeypatch.setattr(Judge, "_rewritten", wrong)
+    assert judge(name).of(mutant.texts(file)).outcome == SILENT
 
 
 def test_a_softmax_along_another_axis_is_no_attention():

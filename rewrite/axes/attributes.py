@@ -42,6 +42,7 @@ from .domain import (
 )
 from .rules import RULES
 from .terms import termed
+from .world import REWRITTEN
 
 # Ways around names and attributes, to read or to set.
 _INSIDES = frozenset(
@@ -71,6 +72,7 @@ class Attributes(Classes):
                 return Library(f"at.{name}", base.bound)
             case Opaque(kind="cache"):
                 if name == "offset":
+                    self.read_positions()
                     return Array(((ROWS,),), tag=("start",))
                 if name in ("keys", "values"):
                     return Opaque("pages")  # what mx.depends ties to the end of a pipeline
@@ -105,6 +107,23 @@ class Attributes(Classes):
         if is_live(base):
             raise Refused("unknown-operation", f"`.{name}` of what is not known")
         return CONSTANT
+
+    def read_positions(self) -> None:
+        """A cache's positions are read: before it grows by this chunk, which mixers are known for.
+
+        Elsewhere a place that is met for the first time after something was written reads them
+        behind it, as far as this analysis can tell the caches of layers apart.
+        """
+        self.positioned = self.positioned or self.here()
+        if any(frame.owner is not None and self.is_mixer(frame.owner) for frame in self.frames):
+            return
+        if self.grown and self.here() not in self.position_places:
+            raise Refused("position-special", "positions are read after tokens went to a cache")
+        self.position_places.add(self.here())
+
+    def is_mixer(self, owner: ClassValue) -> bool:
+        name = owner.qualified
+        return name in self.claims or name.removeprefix(REWRITTEN) in self.claims
 
     def array_attribute(self, base: Array, name: str) -> Value:
         if name == "shape":

@@ -9,6 +9,7 @@ is refused, unless a rule says what it does to token axes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ..ir import Place
 from .calls import Calls
@@ -57,9 +58,12 @@ class Interpreter(Statements, Expressions, Calls):
             ids = Array(((ROWS,), (LENGTH,)))
             out = self.call(model, (ids,), {"cache": Opaque("cache")})
             self.check_logits(out)
+            self.check_caches()
         except Refused as problem:
             return self.failure(problem)
         except Dead:
+            if self.cacheless:
+                return self.failure(self.without_cache(*next(iter(self.cacheless.items()))))
             return self.failure(Refused("unknown-operation", "every path ends in an error"))
         except RecursionError:
             return self.failure(Refused("unknown-operation", "calls nest too deeply"))
@@ -77,6 +81,25 @@ class Interpreter(Statements, Expressions, Calls):
                 good = True
             if not good or len(axes[0]) != 1 or axes[1] != (LENGTH,):
                 raise Refused("row-mixing", f"the model returns axes {logits}")
+
+    def check_caches(self) -> None:
+        """Caches grow by what is written to them, and mixers go on from what they find there: what
+        no path does is refused here, what some paths may not do the runtime tells of."""
+        for owner, where in self.cacheless.items():
+            if owner not in self.cached:
+                raise self.without_cache(owner, where)
+        if self.positioned is not None and not self.written:
+            raise Refused(
+                "position-special",
+                "positions are read from a cache that nothing is written to: they stay 0",
+                at=self.positioned,
+            )
+
+    @staticmethod
+    def without_cache(owner: ClassValue | None, where: Any) -> Refused:
+        name = f"`{owner.name}`" if owner is not None else "a mixer"
+        message = f"{name} is never given a cache: each row would begin a sequence"
+        return Refused("cache-use", message, at=where)
 
     def failure(self, problem: Refused) -> Failure:
         """The innermost place in the file itself, or in a rewritten sibling."""

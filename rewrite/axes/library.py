@@ -14,6 +14,7 @@ from .domain import (
     PARAMETER,
     ROWS,
     Array,
+    Dead,
     Instance,
     Items,
     Known,
@@ -29,6 +30,7 @@ from .domain import (
     choice,
     feature,
     is_live,
+    parts,
     tokens,
 )
 from .indexing import store
@@ -228,6 +230,11 @@ class LibraryCalls(Builtins):
         assert isinstance(routine, Routine) and isinstance(routine.syntax, Function)
         assert isinstance(how, Known)
         owner = routine.owner.name if routine.owner is not None else routine.syntax.name
+        if not any(map(_has_cache, (*args, *more.values()))):
+            self.cacheless.setdefault(routine.owner, self.here())
+            raise Dead  # the runtime raises: without a cache each row would begin a sequence
+        self.cached.add(routine.owner)
+        self.written = self.grown = True
         check_rows(f"`{owner}` {how.value}", (*args, *more.values()))
         widths = {_width(s.value) for s in _returns(routine.syntax.body)}
         self.assume(
@@ -259,6 +266,8 @@ class LibraryCalls(Builtins):
         return PARAMETER
 
     def call_opaque(self, method: str, args: Sequence[Value], more: dict[str, Value]) -> Value:
+        if method.startswith("update_and_fetch"):
+            self.written = self.grown = True
         if method in ("update_and_fetch", "keys_and_values"):
             if not args and not more:
                 return Tuple((Opaque("handle"), Opaque("handle")))
@@ -314,6 +323,11 @@ class LibraryCalls(Builtins):
             if any(kept[0] == id(layer) for kept in self.kept):
                 raise Refused("state-on-self", "whether an attribute is kept already shows")
         return CONSTANT
+
+
+def _has_cache(value: Value) -> bool:
+    """Whether a value may be, or have in it, what finds the sequences of rows."""
+    return value == Opaque("cache") or any(map(_has_cache, parts(value)))
 
 
 def _returns(body: Sequence[Stmt]) -> Iterator[Return]:

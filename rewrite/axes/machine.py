@@ -89,6 +89,13 @@ class Machine(ABC):
         # Frames, names, and reads of these that show nowhere else.
         self.apart: list[tuple[int, frozenset[str], set[tuple[int, str]]]] = []
         self.operations: set[str] = set()
+        self.positioned: Any = None  # where positions of a cache were read first
+        self.position_places: set[Any] = set()  # all of these outside of mixers
+        self.written = False  # whether anything writes keys, or runs a mixer on its own caches
+        self.grown = False  # whether anything did on the way that leads here
+        # Mixers that run on sequences' own rows, called with caches, and without any: where.
+        self.cached: set[ClassValue | None] = set()
+        self.cacheless: dict[ClassValue | None, Any] = {}
         self.tying = False  # under a branch that only ties a cache's keys to other results
         self.added: list[tuple[Items, Value, int]] | None = None  # in a loop over tokens
 
@@ -207,13 +214,17 @@ class Machine(ABC):
         frames, depth, forward = len(self.frames), self.depth, self.forward
         found: list[Value] = []
         taken: list[Value] = []
+        before = after = self.grown
         for option in several:
+            self.grown = before
             try:
                 found.append(function(option))
                 taken.append(option)
             except Dead:
                 del self.frames[frames:]
                 self.depth, self.forward = depth, forward
+            after = after or self.grown
+        self.grown = after
         if not found:
             raise Dead
         result = choice(found) if len(found) > 2 else join(found[0], found[-1])

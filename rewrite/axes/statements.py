@@ -254,10 +254,14 @@ class Statements(Loops, Subscripts, Operators):
             return self.block(statement.body if known else statement.orelse)
         ends: list[dict[str, Value]] = []
         self.depth += 1
+        grown = after = self.grown
         for held, body in ((True, statement.body), (False, statement.orelse)):
+            self.grown = grown
             scope.names = self.narrowed(statement.test, held, before)
             if not self.block(body):
                 ends.append(scope.names)
+            after = after or self.grown
+        self.grown = after
         self.depth -= 1
         if not ends:
             scope.names = before
