@@ -161,7 +161,11 @@ def _factors_of_the_first_row(patch: pytest.MonkeyPatch) -> None:
 )
 def test_seeded_per_sequence_bugs_are_seen(bug, monkeypatch: pytest.MonkeyPatch) -> None:
     bug(monkeypatch)
-    assert not run("hybrid").within(1e-4)
+    try:
+        agree = run("hybrid").within(1e-4)
+    except RuntimeRefusal:  # positions of one sequence's cache are not those of the sequence
+        agree = False
+    assert not agree
 
 
 def test_unwritten_slots_are_poisoned() -> None:

@@ -118,7 +118,7 @@ class Attributes(Classes):
         if any(frame.owner is not None and self.is_mixer(frame.owner) for frame in self.frames):
             return
         if self.grown and self.here() not in self.position_places:
-            raise Refused("position-special", "positions are read after tokens went to a cache")
+            self.behind = self.behind or self.here()
         self.position_places.add(self.here())
 
     def is_mixer(self, owner: ClassValue) -> bool:

@@ -88,6 +88,9 @@ class Interpreter(Statements, Expressions, Calls):
         for owner, where in self.cacheless.items():
             if owner not in self.cached:
                 raise self.without_cache(owner, where)
+        if self.behind is not None:
+            message = "positions are read after tokens went to a cache"
+            raise Refused("position-special", message, at=self.behind)
         if self.positioned is not None and not self.written:
             raise Refused(
                 "position-special",

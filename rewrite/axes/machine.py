@@ -91,6 +91,7 @@ class Machine(ABC):
         self.operations: set[str] = set()
         self.positioned: Any = None  # where positions of a cache were read first
         self.position_places: set[Any] = set()  # all of these outside of mixers
+        self.behind: Any = None  # where they were read behind what was written
         self.written = False  # whether anything writes keys, or runs a mixer on its own caches
         self.grown = False  # whether anything did on the way that leads here
         # Mixers that run on sequences' own rows, called with caches, and without any: where.
