@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from .batchwise import joins_sequences
+from .axes import Failure
+from .batchwise import kept_apart
 from .edits import add_argument, decorate, rename_callee, replace, site_comment
 from .ir import Edit, Effect, Evidence, Match, Miss, Site
 from .match import Mixer, callee_name
@@ -97,6 +98,7 @@ def per_length(
     evidence: Iterable[Evidence],
     features: Iterable[str] = (),
     ops: Ops | None = None,
+    rank: int = 3,
 ) -> Match | Miss:
     """Have the class's own `__call__` run once for each number of rows that sequences have.
 
@@ -106,17 +108,18 @@ def per_length(
     method = mixer.cls.methods.get("__call__")
     if method is None:
         return Miss(kind, 1, "the mixer is the class's own __call__")
-    if joins_sequences(mixer) is not None:
+    replaced, more = ops or Ops(), convolutions(mixer, kind)
+    if replaced.imports == more.imports:  # the kind is its convolutions
+        more = Ops()
+    ranks = kept_apart(mixer, (*replaced.edits, *more.edits), rank)
+    if isinstance(ranks, Failure):
         return per_sequence(mixer, kind, evidence, features)
     text = f"{kind} runs once for all sequences with equally many rows, over their states"
     own = (
         site_comment(mixer.source, method.function.span, text, kind),
-        decorate(mixer.source, method, "per_length", kind),
+        decorate(mixer.source, method, decorator(ranks), kind),
     )
     site = Site(SITE, mixer.place(method.function.name_span))
-    replaced, more = ops or Ops(), convolutions(mixer, kind)
-    if replaced.imports == more.imports:  # the kind is its convolutions
-        more = Ops()
     return Match(
         kind,
         "kernel" if replaced else "gathered",
@@ -127,3 +130,11 @@ def per_length(
         (*own, *replaced.edits, *more.edits),
         ("per_length", *replaced.imports, *more.imports),
     )
+
+
+def decorator(ranks: Mapping[str, tuple[int, ...]]) -> str:
+    """The decorator, with the ranks of arrays that a mixer is proved for, x [N, L, D] aside."""
+    (_, x), *others = ranks.items()
+    told = dict(others) if x == (3,) else dict(ranks)
+    given = ", ".join(f"{n}={r[0] if len(r) == 1 else r}" for n, r in told.items())
+    return f"{SITE}({given})" if given else SITE

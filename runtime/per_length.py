@@ -8,9 +8,10 @@ of L rows, views become the states of those sequences, and results become rows a
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import mlx.core as mx
 import numpy as np
@@ -25,6 +26,8 @@ from .states import StateTable
 from .views import StateView, View
 
 _Method = Callable[..., Any]
+# Arguments that are no arrays, beside the first: what the compiler's proof lets them be.
+_PLAIN = (bool, int, float, StateView, MaskSpec)
 
 
 class BatchedState:
@@ -112,7 +115,11 @@ class Group:
         return np.array([part.position for part in self.parts], dtype=np.int32)
 
 
-def per_length(method: _Method) -> _Method:
+@overload
+def per_length(method: _Method, /) -> _Method: ...
+@overload
+def per_length(**ranks: int | tuple[int, ...]) -> Callable[[_Method], _Method]: ...
+def per_length(method: _Method | None = None, /, **ranks: int | tuple[int, ...]) -> Any:
     """Run a mixer's `__call__(self, x, ...)` once for each number of rows that sequences have.
 
     Arguments: arrays [T, 1, ...] become [N, L, ...]; per-row factors [T, 1, 1, 1] become
@@ -121,7 +128,21 @@ def per_length(method: _Method) -> _Method:
     None. Outside of steps the method runs as it is, inside RuntimeRefusal is raised where no
     argument is a view. Results [N, L, ...], or
     tuples or lists of them, come back as [T, 1, ...].
+
+    The compiler proved that the mixer keeps sequences apart for arguments of certain sorts: x an
+    array of rank 3, or of the rank that `ranks` has for its name, and the others None, numbers,
+    views and masks, or arrays of the ranks given for their names. TypeError for any other.
     """
+    if method is None:
+        return functools.partial(_per_length, ranks=ranks)
+    return _per_length(method, {})
+
+
+def _per_length(method: _Method, ranks: dict[str, int | tuple[int, ...]]) -> _Method:
+    _, first, *others = inspect.signature(method).parameters
+    allowed = {name: _tuple(ranks.get(name, ())) for name in others}
+    allowed[first] = _tuple(ranks.get(first, 3))
+    names = (first, *others)
 
     @functools.wraps(method)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -129,6 +150,13 @@ def per_length(method: _Method) -> _Method:
         if not views:
             require_no_step(method)
             return method(*args, **kwargs)
+        for name, value in (*zip(names, args[1:], strict=False), *kwargs.items()):
+            if not _is_expected(value, allowed.get(name, ()), other=name != first):
+                shown = f"an array of {value.ndim} axes" if isinstance(value, mx.array) else value
+                raise TypeError(
+                    f"{method.__qualname__} was proved to keep sequences apart, but not for "
+                    f"{name} = {shown!r}"
+                )
         batch = views[0].batch
         groups = groups_of(batch, views)
         results = []
@@ -139,6 +167,16 @@ def per_length(method: _Method) -> _Method:
         return rows_of(results, groups, batch.num_rows, method)
 
     return run
+
+
+def _tuple(ranks: int | tuple[int, ...]) -> tuple[int, ...]:
+    return ranks if isinstance(ranks, tuple) else (ranks,)
+
+
+def _is_expected(value: Any, ranks: tuple[int, ...], *, other: bool) -> bool:
+    if isinstance(value, mx.array):
+        return value.ndim in ranks
+    return other and (value is None or isinstance(value, _PLAIN))
 
 
 def groups_of(batch: Batch, views: Sequence[View]) -> tuple[Group, ...]:

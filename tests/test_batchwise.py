@@ -40,7 +40,7 @@ ATTACKS = {
     "count from the end": "x = x / x.shape[-3]",
     "count compared with a number": "x = x if x.shape[0] == 1 else 2 * x",
     "count compared with a length": "x = x if x.shape[0] != x.shape[1] else 2 * x",
-    "count ordered": "x = x if x.shape[0] <= (2 * x).shape[0] else 2 * x",
+    "count ordered": "x = x if x.shape[0] <= x.shape[1] else 2 * x",
     "identity": "x = x if id(x) % 2 else 2 * x",
     "count in a range": "for _ in range(x.shape[0]):\n    x = 2 * x",
     "places of sequences": "x = x + mx.arange(x.shape[0])[:, None, None]",
@@ -64,6 +64,7 @@ METHOD = "    def apply(self, f, t):\n        return f(t, axis=0)\n\n"
 MADE = "        self.bn = nn.BatchNorm(args.hidden_size)\n        self.f = mx.cumsum\n"
 
 HARMLESS = {
+    "counts ordered": "x = x if x.shape[0] <= (2 * x).shape[0] else 2 * x",
     "counts compared": "y = 2 * x\nx = y if y.shape[0] == x.shape[0] else x",
     "identity of a weight": "x = x if id(self.in_proj) else x",
     "own length": "x = x[:, : x.shape[1]]",

@@ -41,6 +41,7 @@ from .domain import (
     join,
 )
 from .rules import RULES
+from .states import States
 from .terms import termed
 from .world import REWRITTEN
 
@@ -50,8 +51,11 @@ _INSIDES = frozenset(
     "__delattr__ __getattribute__ __setitem__ __delitem__".split()
 )
 
+# What the runtime's masks have; asked for anything else, they raise.
+_OF_MASKS = ("window", "chunk", "prefix", "return_array", "kind", "path", "kept", "floating")
 
-class Attributes(Classes):
+
+class Attributes(Classes, States):
     def attribute(self, base: Value, name: str) -> Value:
         if self.forward and name in _INSIDES:
             raise Refused("unknown-operation", f"`{name}` shows what the proof does not follow")
@@ -81,6 +85,10 @@ class Attributes(Classes):
                 if name == "start_position":
                     return Opaque("first position kept")
                 return Library(f"opaque.{name}", base)
+            case Opaque(kind="object") if name not in _OF_MASKS and not name.startswith("_"):
+                raise Dead
+            case Opaque(kind="states"):
+                return self.state_attribute(name)
             case Opaque(kind="handle") if name == "dtype":
                 return CONSTANT
             case Opaque(kind="handle") if name == "shape":
@@ -93,6 +101,8 @@ class Attributes(Classes):
             case Table():
                 return Library(f"table.{name}", base)
             case Known(value=None) | Undefined():
+                raise Dead
+            case Constant(key=("number",)):
                 raise Dead
             case Constant(key=key):
                 return Constant((key, name)) if key is not None else CONSTANT
@@ -252,6 +262,13 @@ class Attributes(Classes):
             raise Refused(
                 "state-on-self", f"`.{name}` keeps what tokens hold for the next call", "a cache"
             )
+        if self.sequences:  # what is kept holds nothing of a sequence; when, is not asked here
+            kept = value if old == NONE else join(old, value)
+            if kept != old:
+                base.attributes[name] = kept
+                self.changes += 1
+                self.memo.clear()
+            return
         key, here = (id(base), name), self.here()
         places = self.kept.setdefault(key, set())
         settles = expr is not None and mentions(expr, name) and _settles(expr)

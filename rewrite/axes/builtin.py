@@ -26,6 +26,7 @@ from .domain import (
     Partial,
     Refused,
     Routine,
+    Slice,
     Super,
     Table,
     Tuple,
@@ -37,11 +38,12 @@ from .domain import (
 )
 from .machine import UNROLLED
 from .operators import Operators
+from .states import OBJECT, STATES
 
 _EMPTY = Tuple(())
 _BUILTINS = frozenset(
     "len range zip enumerate list tuple reversed iter next isinstance hasattr getattr setattr dict "
-    "super sum callable print type map".split()
+    "super sum callable print type map slice".split()
 )
 _PAGED = ("offset", "update_and_fetch", "make_mask", "keys_and_values")
 # Attributes of mlx_lm's caches that its paged forms lack.
@@ -148,6 +150,8 @@ class Builtins(Attributes, Operators):
         names = {c.name.rpartition(".")[2] for c in parts(cls) if isinstance(c, Library)}
         if isinstance(cls, Library):
             names.add(cls.name.rpartition(".")[2])
+        if value == OBJECT and names == {"array"}:
+            return Known(False)
         if value == Opaque("mask") and names == {"array"}:
             return Known(False)  # a recognised mixer asks: elsewhere the question is refused
         classes = list(parts(cls)) if isinstance(cls, Tuple) else [cls]
@@ -160,8 +164,12 @@ class Builtins(Attributes, Operators):
         return CONSTANT
 
     def _hasattr(self, value: Value, name: Value) -> Value:
+        if value == STATES:
+            return Known(self.states_have(name))
         if isinstance(value, Opaque):
             return Known(self.cache_has(name))
+        if isinstance(value, (Items, Tuple)) and isinstance(name, Known):
+            return Known(hasattr(list if isinstance(value, Items) else tuple, str(name.value)))
         for one in options(value):
             if isinstance(one, Instance) and isinstance(name, Known):
                 self.consulted(one, str(name.value))
@@ -180,7 +188,14 @@ class Builtins(Attributes, Operators):
             return CONSTANT
         if isinstance(value, Instance):
             self.consulted(value, name.value)
-        if isinstance(value, Opaque) and default != UNDEFINED and not self.cache_has(name):
+        if value == STATES and default != UNDEFINED and not self.states_have(name):
+            return default
+        if (
+            isinstance(value, Opaque)
+            and value != STATES
+            and default != UNDEFINED
+            and not self.cache_has(name)
+        ):
             return default
         if isinstance(value, Instance) and value.cls is not None and default != UNDEFINED:
             held = name.value in value.attributes or self.member(value.cls, name.value) is not None
@@ -215,6 +230,10 @@ class Builtins(Attributes, Operators):
         for item in every:
             result = self.binary("+", result, item)
         return result
+
+    def _slice(self, *bounds: Value) -> Value:
+        lower, upper, step = (*bounds, NONE, NONE)[:3] if len(bounds) > 1 else (NONE, *bounds, NONE)
+        return Slice(lower, upper, step)
 
     def _callable(self, value: Value) -> Value:
         return Known(isinstance(value, (Routine, Instance, Partial, ClassValue)))

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..ir import Expr, Function, Parameter
-from .classes import ROPES
 from .domain import (
     CONSTANT,
     NONE,
@@ -34,6 +33,7 @@ from .machine import Fork, Frame, Scope
 from .terms import named, same_terms
 
 _DEEPEST = 60
+_ROPE = "initialize_rope"
 _CACHED = ("functools.lru_cache", "functools.cache", "functools.cached_property")
 
 
@@ -93,7 +93,7 @@ class Calls(LibraryCalls):
     def call_routine(
         self, routine: Routine, args: Sequence[Value], more: dict[str, Value]
     ) -> Value:
-        if routine.module == ROPES and getattr(routine.syntax, "name", "") == "initialize_rope":
+        if routine.module in self.ropes and getattr(routine.syntax, "name", "") == _ROPE:
             return self.rope()
         if len(self.frames) > _DEEPEST:
             raise Refused("unknown-operation", "calls nest too deeply")

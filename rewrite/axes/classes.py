@@ -17,9 +17,9 @@ from .domain import (
     is_live,
     options,
 )
+from .machine import ROPES
 from .names import Names
 
-ROPES = "mlx_vlm.models.rope_utils"
 _CONFIGS = ("mlx_lm.models.base.BaseModelArgs", "mlx_vlm.models.base.BaseModelConfig")
 
 

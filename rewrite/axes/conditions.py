@@ -40,6 +40,7 @@ from .domain import (
 )
 from .machine import Fork
 from .rules import RULES
+from .states import OBJECT
 
 _COMPARE: dict[str, Callable[[Any, Any], Any]] = {
     "==": operator.eq,
@@ -61,6 +62,10 @@ class Conditions(Containers):
         pair = (left, right)
         if any(isinstance(v, Choice) for v in pair):
             return self.each(lambda p, _: self.compare(op, p[0], p[1], key), pair, {})
+        if OBJECT in pair:
+            if op in ("==", "!="):
+                return CONSTANT
+            raise Dead
         if any(isinstance(v, (Count, CountTest)) for v in pair) and not any(
             isinstance(v, Array) for v in pair
         ):

@@ -36,10 +36,10 @@ from .domain import (
     parts,
 )
 from .indexing import index
-from .machine import Machine
+from .states import States
 
 
-class Containers(Machine):
+class Containers(States):
     def items(self, values: list[Value] | None, element: Value | None = None) -> Items:
         return Items(values, element, self.depth, self.forward)
 
@@ -185,6 +185,8 @@ class Containers(Machine):
                 return index(self, value, Known(0))
             case Opaque(kind="cache"):
                 return value
+            case Opaque(kind="states"):
+                return self.any_state()
             case Constant():
                 return Constant(("element", value.key)) if value.key is not None else CONSTANT
             case Library() if not is_live(value):

@@ -291,6 +291,13 @@ class Refused(Exception):
         self.slug, self.message, self.nearest, self.at = slug, message, nearest, at
 
 
+def leads(value: Value) -> bool:
+    """Whether rows are the first axis of an array and in no other."""
+    if not isinstance(value, Array) or value.tag or not value.axes or value.axes[0] != (ROWS,):
+        return False
+    return not any(map(tokens, value.axes[1:]))
+
+
 def options(value: Value) -> tuple[Value, ...]:
     return value.options if isinstance(value, Choice) else (value,)
 

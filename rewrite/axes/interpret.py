@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..ir import Place
+from ..ir import Function, Place
 from .calls import Calls
 from .domain import (
     LENGTH,
@@ -21,16 +21,22 @@ from .domain import (
     Constant,
     Dead,
     Instance,
+    Items,
     Opaque,
     Refused,
     Tuple,
     Value,
+    leads,
     options,
+    parts,
 )
 from .expressions import Expressions
+from .machine import ROPES
 from .rules import array
 from .statements import Statements
 from .world import REWRITTEN
+
+_CALLS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +74,52 @@ class Interpreter(Statements, Expressions, Calls):
         except RecursionError:
             return self.failure(Refused("unknown-operation", "calls nest too deeply"))
         return None
+
+    def keeps_apart(self, module: str, entry: str, given: dict[str, Value]) -> Failure | None:
+        """Run `entry(...)(**given)` on several sequences; None if none shows in another.
+
+        Rows are sequences here, and what a call leaves in the cache is found by the next.
+        """
+        self.sequences = True
+        self.ropes = (ROPES, "mlx_lm.models.rope_utils")
+        try:
+            cls = self.global_value(module, entry)
+            if not isinstance(cls, ClassValue):
+                raise Refused("unknown-operation", f"`{entry}` is not a class that can be read")
+            mixer = self.made(cls)
+            self.forward = True
+            for _ in range(_CALLS):
+                before = self.changes
+                self.memo.clear()
+                out = self.call(mixer, (), dict(given))
+                if self.changes == before:
+                    self.check_rows(out)
+                    return None
+            raise Refused("unknown-operation", "states that keep changing their axes")
+        except Refused as problem:
+            return self.failure(problem)
+        except Dead:
+            return self.failure(Refused("unknown-operation", "every path ends in an error"))
+        except RecursionError:
+            return self.failure(Refused("unknown-operation", "calls nest too deeply"))
+
+    def made(self, cls: ClassValue) -> Value:
+        """An instance, from arguments of which nothing is known."""
+        found = self.member(cls, "__init__")
+        more: dict[str, Value] = {}
+        if found is not None and isinstance(found[1], Function):
+            plain = [p for p in found[1].parameters[1:] if not p.kind.startswith("*")]
+            more = {p.name: Constant(("given", p.name)) for p in plain}
+        return self.instantiate(cls, (), more)
+
+    def check_rows(self, out: Value) -> None:
+        for one in options(out):
+            if isinstance(one, (Tuple, Items)):
+                for part in parts(one):
+                    self.check_rows(part)
+            elif isinstance(one, Array):  # the runtime takes nothing else but None
+                if not leads(one):
+                    raise Refused("row-mixing", f"the mixer returns axes {one}")
 
     def check_logits(self, out: Value) -> None:
         for one in options(out):

@@ -90,7 +90,7 @@ def _pointwise(c: Context, layer: Instance, *values: Value) -> Value:
 def _rope(c: Context, layer: Instance, x: Value, offset: Value = ZERO, **rest: Value) -> Value:
     if any(is_live(v) for v in rest.values()):
         raise Refused("token-count", "a rotary embedding with a number of tokens")
-    return turned(array(x), offset, c.here())
+    return turned(c, array(x), offset)
 
 
 def _convolution(c: Context, layer: Instance, x: Value) -> Value:
@@ -294,6 +294,11 @@ KERNELS: dict[str, str] = {
     "99afa53b5d5000a9": "a softmax over earlier layers; a threadgroup reads the one row it writes",
 }
 
+# The same for mixers that run once for several sequences, and where in a launch's grid these are.
+SEQUENCE_KERNELS: dict[str, tuple[str, int]] = {
+    "acbe5b0b678fefa0": ("a convolution's step; a thread reads and writes one sequence's rows", 1),
+}
+
 SITES: dict[str, tuple[Layer, str]] = {
     "paged_attention": (_attention, "each row attends to its own sequence's pages"),
     "paged_latent_attention": (_latent_attention, "each row attends to its own sequence's latents"),
@@ -347,6 +352,7 @@ __all__ = [
     "KERNELS",
     "LAYERS",
     "ROW_OPS",
+    "SEQUENCE_KERNELS",
     "SITES",
     "as_linear",
     "check_rows",

@@ -14,6 +14,7 @@ from .domain import (
     PARAMETER,
     ROWS,
     Array,
+    Count,
     Dead,
     Instance,
     Items,
@@ -30,6 +31,7 @@ from .domain import (
     choice,
     feature,
     is_live,
+    leads,
     parts,
     tokens,
 )
@@ -39,14 +41,17 @@ from .layers import (
     KERNELS,
     LAYERS,
     ROW_OPS,
+    SEQUENCE_KERNELS,
     SITES,
     as_linear,
     check_rows,
     some_site,
     updated,
 )
+from .recurrences import CALLED, CONVOLVE, DECORATING, KEEPING
 from .rules import RULES, Rule, array
 from .shapes import size_key
+from .states import STATES
 from .terms import termed
 
 _ONCE = {
@@ -120,6 +125,8 @@ class LibraryCalls(Builtins):
         if not any(map(is_live, (*args, *more.values()))):
             return CONSTANT
         reason = KERNELS.get(digest)
+        if self.sequences:
+            reason = self.sequence_kernel(digest, args, more)
         shapes = more.get("output_shapes", NONE)
         known = self.known_items(shapes)
         if reason is None or known is None:
@@ -127,6 +134,28 @@ class LibraryCalls(Builtins):
         self.assume(f"a custom kernel, read and not run: {reason}")
         made = [self.apply(RULES["zeros"], (shape,), {}) for shape in known]
         return Tuple(tuple(termed(v, None) for v in made))
+
+    @staticmethod
+    def sequence_kernel(digest: str, args: Sequence[Value], more: dict[str, Value]) -> str | None:
+        """Why a launch keeps sequences apart: a kernel that was read, with sequences in front of
+        all that it is given and gives, and a place in the grid for each of them."""
+        reason, place = SEQUENCE_KERNELS.get(digest, (None, 0))
+        grid = more.get("grid", NONE)
+        if (
+            args
+            or not isinstance(grid, Tuple)
+            or grid.items[place : place + 1] != (Count((ROWS,)),)
+        ):
+            return None
+        shapes = more.get("output_shapes", NONE)
+        for shape in parts(shapes):
+            first, *rest = shape.items if isinstance(shape, Tuple) and shape.items else (NONE,)
+            if first != Count((ROWS,)) or any(map(is_live, rest)):
+                return None
+        if not all(leads(v) for v in parts(more.get("inputs", NONE)) if is_live(v)):
+            return None
+        told = ("grid", "output_shapes", "inputs")
+        return None if any(is_live(v) for k, v in more.items() if k not in told) else reason
 
     def call_nn(self, name: str, args: Sequence[Value], more: dict[str, Value]) -> Value:
         last = name.rpartition(".")[2]
@@ -155,7 +184,11 @@ class LibraryCalls(Builtins):
         if name == "mlxrewrite.runtime.rope.initialize_rope":
             return Instance(None, {}, "RoPE", self.depth, self.forward)
         last = name.rpartition(".")[2]
-        if last in ("per_sequence", "per_sequence_model", "per_length"):
+        if self.sequences:
+            return self.call_op(last, args, more)
+        if last in _ONCE:
+            if not args:  # the decorator is told ranks
+                return Library(name)
             return Library("per_sequence", Tuple((*args, Known(_ONCE[last]))))
         if last in ROW_OPS:
             return Library("row_op", Tuple((Known(last), *args)))
@@ -168,12 +201,42 @@ class LibraryCalls(Builtins):
         self.assume(f"`{last}` treats each row by itself (a site of the runtime)")
         return some_site(self, last, tuple(args), more)
 
+    def call_op(self, name: str, args: Sequence[Value], more: dict[str, Value]) -> Value:
+        """An op of the runtime, in a mixer that runs once for several sequences."""
+        if name == CONVOLVE:
+            return self.call(args[1], args[:1], {})
+        if name in DECORATING:
+            return Library("op", Tuple((Known(name), *args)))
+        if name not in CALLED:
+            raise Refused("unknown-operation", f"`{name}` in a mixer")
+        function, reason = CALLED[name]
+        held = more.pop("cache", NONE)
+        place = more.pop("cache_index", Known(1))
+        if held == STATES and name in KEEPING:
+            state = self.read_state(place)
+            found = self.apply(Rule(name, function, reason), args, {**more, "state": state})
+            self.keep_state(place, found.items[1] if isinstance(found, Tuple) else NONE)
+            return found
+        if held != NONE:
+            raise Refused("cache-use", f"`{name}` of a state that is not a cache's")
+        return self.apply(Rule(name, function, reason), args, more)
+
     def call_bound(
         self, name: str, bound: Value, args: Sequence[Value], more: dict[str, Value]
     ) -> Value:
         if name == "per_sequence":
             assert isinstance(bound, Tuple)
             return self.call_mixer(bound.items[0], bound.items[1], args, more)
+        if name == "op":
+            assert isinstance(bound, Tuple)
+            if not isinstance(bound.items[-1], Routine):
+                return Library("op", Tuple((*bound.items, *args)))
+            op, *names, routine = bound.items
+            assert isinstance(op, Known) and isinstance(routine, Routine)
+            given = self.bind(routine, args, more)
+            roles = [given[n.value] for n in names if isinstance(n, Known) and n.value in given]
+            function, reason = DECORATING[op.value]
+            return self.apply(Rule(op.value, function, reason), roles, {})
         if name == "row_op":
             assert isinstance(bound, Tuple)
             if not isinstance(bound.items[-1], Routine):  # the decorator is given its function
@@ -194,6 +257,8 @@ class LibraryCalls(Builtins):
             return self.with_term(("at", method), found, (base, key, *args), more)
         if kind == "opaque":
             return self.call_opaque(method, args, more)
+        if kind == "states":
+            return self.call_states(method, args, more)
         if kind == "layer":
             assert isinstance(bound, Instance)
             return self.call_layer_method(bound, method, args, more)

@@ -36,6 +36,7 @@ from .world import World
 # What a permutation of rows that is undone is made of: none of it changes an entry.
 _PERMUTING = ("flatten", "unflatten", "index", "expand_dims", "squeeze", "stop_gradient")
 UNROLLED = 24
+ROPES = "mlx_vlm.models.rope_utils"
 
 
 class Fork(Exception):
@@ -97,6 +98,10 @@ class Machine(ABC):
         # Mixers that run on sequences' own rows, called with caches, and without any: where.
         self.cached: set[ClassValue | None] = set()
         self.cacheless: dict[ClassValue | None, Any] = {}
+        self.states: dict[int, Value] = {}  # entries of the cache of several sequences
+        self.ropes: tuple[str, ...] = (ROPES,)  # modules whose ropes are the runtime's own
+        self.changes = 0  # of states, and of what is kept on a mixer
+        self.sequences = False  # rows are whole sequences, positions the author's own business
         self.tying = False  # under a branch that only ties a cache's keys to other results
         self.added: list[tuple[Items, Value, int]] | None = None  # in a loop over tokens
 

@@ -30,6 +30,7 @@ from .domain import (
 )
 from .marks import row_of
 from .rules import RULES, arithmetic
+from .states import OBJECT, STATES
 from .terms import nesting
 
 _BINARY: dict[str, Callable[[Any, Any], Any]] = {
@@ -57,6 +58,8 @@ class Operators(Conditions):
         if left == Opaque("cache") and op == "+" and isinstance(right, (Items, Tuple)):
             held = options(self.element(right))
             return self.items(None, choice((left, *held)))
+        if OBJECT in pair or STATES in pair:
+            raise Dead
         if any(isinstance(v, Opaque) for v in pair):
             raise Refused("cache-use", "a cache or a mask is computed with")
         if any(isinstance(v, Array) for v in pair):

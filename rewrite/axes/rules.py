@@ -44,6 +44,7 @@ from .domain import (
     choice,
     feature,
     is_live,
+    leads,
     tokens,
 )
 from .shapes import (
@@ -65,6 +66,8 @@ from .shapes import (
 
 class Context(Protocol):
     """What rules may ask of the interpreter."""
+
+    sequences: bool
 
     def here(self) -> Any: ...
     def assume(self, text: str) -> None: ...
@@ -108,6 +111,8 @@ def array(value: Value) -> Array:
             return _one_array(several)
         case Count() | CountTest():
             raise Refused("token-count", "a number of tokens is used as data", "a size in a shape")
+        case Opaque(kind="object" | "states"):
+            raise Dead
         case Opaque(kind=kind):
             raise Refused("cache-use", f"a {kind} is used as an array", "passing it on")
     raise Refused("unknown-operation", "an operand that is not known")
@@ -945,7 +950,7 @@ def fast_norm(c: Context, a: Value, weight: Value = NONE, *rest: Value, **more: 
 @rule("a row is turned by its own position: offset plus its place on the last axis but one",
       "fast.rope")  # fmt: skip
 def rope(c: Context, a: Value, *rest: Value, offset: Value = ZERO, **more: Value) -> Value:
-    return turned(array(a), offset, c.here())
+    return turned(c, array(a), offset)
 
 
 _UNTURNED = (
@@ -955,14 +960,20 @@ _UNTURNED = (
 )
 
 
-def turned(x: Array, offset: Value, at: Any = None) -> Array:
-    """A rotary embedding: the offset must be each row's own position."""
+def turned(c: Context, x: Array, offset: Value) -> Array:
+    """A rotary embedding: the offset must be each row's own position, where rows are tokens."""
     if not x.live:
         return x
     if offset == NONE:
         raise Dead
+    if c.sequences:
+        if x.open or len(x.axes or ()) < 3 or not leads(x):
+            raise Refused("row-mixing", f"a rotary embedding of {describe(x)}")
+        if is_live(offset) and array(offset).axes != ((ROWS,),):
+            raise Refused("row-mixing", "a rotary embedding from other than positions [rows]")
+        return x
     if not is_live(offset):
-        return Array(x.axes, x.open, ("unturned", at))  # for calls without a cache
+        return Array(x.axes, x.open, ("unturned", c.here()))  # for calls without a cache
     if not isinstance(offset, Array) or offset.tag[:1] != ("start",):
         raise Refused(*_UNTURNED)
     head, last = (x.axes or ())[:1], (x.axes or ())[-2:-1]

@@ -31,6 +31,7 @@ from .domain import (
     Dead,
     Instance,
     Items,
+    Known,
     OpenShape,
     Refused,
     Undefined,
@@ -40,6 +41,7 @@ from .domain import (
 )
 from .loops import Loops
 from .operators import Operators
+from .states import STATES
 from .subscripts import Subscripts
 from .world import imported
 
@@ -196,6 +198,8 @@ class Statements(Loops, Subscripts, Operators):
         names = target.args
         star = next((i for i, part in enumerate(names) if part.op == "star"), None)
         known = self.known_items(value)
+        if value == STATES and star is None:
+            known = [self.read_state(Known(i)) for i in range(len(names))]
         if isinstance(value, OpenShape) and star is None:
             if len(names) < len(value.head):
                 raise Dead

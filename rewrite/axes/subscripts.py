@@ -61,6 +61,10 @@ class Subscripts(Attributes, Containers):
                 if is_live(key):
                     raise Refused("token-branch", "a cache is chosen by what tokens hold")
                 return base
+            case Opaque(kind="object"):
+                raise Dead
+            case Opaque(kind="states"):
+                return self.read_state(key)
             case Opaque(kind=kind):
                 raise Refused("cache-use", f"entries of a {kind} are read")
             case Instance():
@@ -75,6 +79,8 @@ class Subscripts(Attributes, Containers):
                 raise Dead
             case Iterable_():
                 return base if isinstance(key, Slice) else base.element
+            case Constant(key=("number",)):
+                raise Dead
             case Constant():
                 if isinstance(key, Known) and base.key is not None and not is_live(key):
                     try:
@@ -117,6 +123,8 @@ class Subscripts(Attributes, Containers):
                     self.store_entry(one, key, value)
                 case Opaque(kind="cache") if value == Opaque("state"):
                     continue  # each sequence's new state, as an op of the runtime made it
+                case Opaque(kind="states"):
+                    self.keep_state(key, value)
                 case Opaque():
                     raise Refused("cache-use", "an entry of a cache is set outside a mixer")
                 case Instance():

@@ -65,7 +65,7 @@ ACCEPTS = (
     Example("Mix", _DELTA, "kernel"),
     Example("Mix", _VLM, "kernel"),
     Example("Mix", _VLM.replace("state, mask)", "state, mask, cache=None)"), "kernel"),
-    Example("Mix", _VLM.replace("state, mask)", "state, mask, state_steps=1)"), "gathered"),
+    Example("Mix", _VLM.replace("state, mask)", "state, mask, state_steps=1)"), "per-sequence"),
     Example("Mix", _KEPT),
 )
 REJECTS = (

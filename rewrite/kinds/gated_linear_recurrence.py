@@ -56,7 +56,8 @@ class Mix(nn.Module):
         self.proj = nn.Linear(args.width, args.width)
 
     def __call__(self, x, cache):
-        window = mx.concatenate([cache[0], x], axis=1)
+        past = mx.zeros((x.shape[0], 3, x.shape[2])) if cache[0] is None else cache[0]
+        window = mx.concatenate([past, x], axis=1)
         x = self.conv(window)
         keep = mx.exp(-self.proj(x))
         y, state = walk(x * mx.sqrt(1 - keep**2), keep, cache[1])
@@ -71,7 +72,9 @@ ACCEPTS = (
     Example("Mix", _FUNCTION.replace("keep[:, t] * held +", "keep[:, t] * held -"), "gathered"),
     Example("Mix", _FUNCTION.replace("whole[:, t] = held", "whole[:, t] = 2 * held"), "gathered"),
     Example("Mix", _FUNCTION.replace("[1] == 1:", "[1] == 2:"), "gathered"),
-    Example("Mix", _FUNCTION.replace("before[:, None] + inputs", "before + inputs"), "gathered"),
+    Example(
+        "Mix", _FUNCTION.replace("before[:, None] + inputs", "before + inputs"), "per-sequence"
+    ),
     Example("Mix", _FUNCTION.replace("(inputs.shape[1]):", "(1, inputs.shape[1]):"), "gathered"),
 )
 REJECTS = (Counter("Mix", _SCAN, "selective_scan"),)

@@ -28,7 +28,7 @@ def match(mixer: Mixer) -> Match | Miss:
     if not reach.joins_state():
         return Miss(NAME, 2, "the ids kept joined with the new ones")
     evidence = [mixer.evidence("state stored", effect) for effect in mixer.state_stores]
-    return per_length(mixer, NAME, evidence)
+    return per_length(mixer, NAME, evidence, rank=2)
 
 
 _IDS = """
@@ -41,7 +41,8 @@ class Mix(nn.Module):
         self.table = nn.Embedding(args.size, args.width)
 
     def __call__(self, ids, cache=None):
-        history = mx.concatenate([cache[0], ids], axis=-1)
+        past = mx.zeros((ids.shape[0], 1), mx.int32) if cache[0] is None else cache[0]
+        history = mx.concatenate([past, ids], axis=-1)
         cache[0] = history[..., -1:]
         return self.table(history[..., 1:] * 31 + history[..., :-1])
 """

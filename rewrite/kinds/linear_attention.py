@@ -57,9 +57,11 @@ class Mix(nn.Module):
         self.rate = mx.zeros((args.heads,))
 
     def __call__(self, x, cache):
-        q, k, v = mx.split(self.proj(x), 3, axis=-1)
+        B, L, _ = x.shape
+        x = self.proj(x).reshape(B, L, 2, -1).transpose(0, 2, 1, 3)
+        q, k, v = mx.split(x, 3, axis=-1)
         y, cache[0] = walk(q, k, v, self.rate, 0.5, cache[0])
-        return y
+        return y.transpose(0, 2, 1, 3).reshape(B, L, -1)
 """
 
 _CHUNKS = """
@@ -98,9 +100,11 @@ class Mix(nn.Module):
         self.rate = mx.zeros((args.heads,))
 
     def __call__(self, x, cache):
-        q, k, v = mx.split(self.proj(x), 3, axis=-1)
+        B, L, _ = x.shape
+        x = self.proj(x).reshape(B, L, 2, -1).transpose(0, 2, 1, 3)
+        q, k, v = mx.split(x, 3, axis=-1)
         y, cache[0] = walk(q, k, v, self.rate, 0.5, before=cache[0])
-        return y
+        return y.transpose(0, 2, 1, 3).reshape(B, L, -1)
 """
 
 ACCEPTS = (

@@ -41,7 +41,8 @@ class Mix(nn.Module):
         self.conv = nn.Conv1d(args.width, args.width, 4, groups=args.width)
 
     def __call__(self, x, mask=None, cache=None):
-        window = mx.concatenate([cache[0], x], axis=1)
+        past = mx.zeros((x.shape[0], 3, x.shape[2])) if cache[0] is None else cache[0]
+        window = mx.concatenate([past, x], axis=1)
         cache[0] = window[:, -3:]
         return self.conv(window)
 """
