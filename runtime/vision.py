@@ -30,7 +30,7 @@ from .errors import NotGenerated, RuntimeRefusal
 from .manifest import Manifest, check, generated_folder, load_generated
 from .rows import Rows
 from .views import View
-from .vision_rows import NO_ID, keeping_weights, row_ids
+from .vision_rows import NO_ID, keeping_weights, row_ids, stacked
 
 PACKAGE = "mlx_vlm"
 _MODELS = "mlx_vlm.models."
@@ -439,7 +439,7 @@ class VisionModel:
             rows = [row - part.start for row in batch.wanted if part.start <= row < part.stop]
             if rows:
                 kept.append(logits[mx.array(rows)])
-        return mx.concatenate(kept)[:, None]
+        return stacked(kept)[:, None]
 
     def run_one(
         self, prompt: Prepared | None, tokens: mx.array, caches: list[Any], position: int

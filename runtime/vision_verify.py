@@ -29,6 +29,7 @@ from .load import BROKEN, said
 from .manifest import Manifest
 from .verify import LONGEST, TOLERANCE, _windows
 from .vision import Prepared, VisionModel, own, state_places
+from .vision_rows import stacked
 from .weights import randomise
 
 
@@ -111,6 +112,8 @@ def verify(
         with as_loaded(original.language_model, model.manifest):
             theirs.append(reference(original, case))
     ours, read = mixed(model, cases, seed, block_size)
+    both = _equally_wide([*theirs, *ours])
+    theirs, ours = both[: len(cases)], both[len(cases) :]
     text = [i for i, case in enumerate(cases) if not case.inputs]
     seen = [i for i, case in enumerate(cases) if case.inputs]
     return VisionReport(
@@ -215,7 +218,16 @@ def mixed(
             if fed[index] == len(prompts[index]) + len(cases[index].tokens):
                 model.detach(names[index])
                 cache.free(names.pop(index))
-    return [np.array(mx.concatenate(part).astype(mx.float32)) for part in rows], read
+    return [np.array(stacked(part).astype(mx.float32)) for part in rows], read
+
+
+def _equally_wide(logits: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Logits [n, V] of sequences, -inf for ids that only others of them have."""
+    widest = max(part.shape[1] for part in logits)
+    return [
+        np.pad(part, [(0, 0), (0, widest - part.shape[1])], constant_values=-np.inf)
+        for part in logits
+    ]
 
 
 def _cases(

@@ -15,7 +15,7 @@ from mlxrewrite.runtime.cache import PagedCache
 from mlxrewrite.runtime.errors import BadModel, RuntimeRefusal
 from mlxrewrite.runtime.vision import VisionModel
 from mlxrewrite.runtime.vision_generate import decode, wrapped
-from mlxrewrite.runtime.vision_rows import NO_ID, row_ids
+from mlxrewrite.runtime.vision_rows import NO_ID, row_ids, stacked
 from mlxrewrite.runtime.vision_verify import build, verify
 from vlm_checkpoint import make_checkpoint
 from vlm_prompts import FOLDER, read
@@ -218,6 +218,14 @@ def test_rows_of_text_are_found_from_both_ends():
     assert rows([5, 9, 5, 5], [5], image, [5, 5]) == [5, 0, 0, 0, 5, 5]
     assert rows([5, 5, 5], [5], [5]) == [5, 5]
     assert rows([1, 9, 9, 9, 9, 2], [1], image, [2]) == [1, 0, 0, 0, 2]
+
+
+def test_sequences_with_fewer_ids_never_get_those_of_others():
+    narrow, wide = mx.array([[1.0, 2.0]]), mx.array([[3.0, 4.0, 5.0], [6.0, 7.0, 8.0]])
+    found = stacked([narrow, wide])
+    assert found[0].tolist() == [1.0, 2.0, -float("inf")]
+    assert found[1:].tolist() == wide.tolist()
+    assert stacked([narrow, narrow]).tolist() == [[1.0, 2.0], [1.0, 2.0]]
 
 
 def test_rows_without_ids_are_refused_where_the_language_model_looks_at_ids(monkeypatch):
