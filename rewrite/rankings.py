@@ -10,6 +10,7 @@ masks all others, which comes to the same. DeepSeek-V3.2, arXiv 2512.02556, sect
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from .ir import Effect, Method, Miss, Stmt, Value
@@ -32,9 +33,26 @@ _RANKINGS = ("mlx.core.argpartition", "mlx.core.argsort", "mlx.core.topk", "mlx.
 
 
 def ranks(mixer: Mixer) -> list[Effect]:
-    """Calls that rank, by the class or by a module it holds."""
+    """Calls that rank, by the class or by a module it holds, unless they choose no keys: a class
+    that attends to the very keys that it fetches ranks something else."""
     calls = Reach(mixer).calls()
-    return [e for e in calls if callee_name(mixer.program, e.value) in _RANKINGS]
+    found = [e for e in calls if callee_name(mixer.program, e.value) in _RANKINGS]
+    fetched = {id(fetch.call) for fetch in mixer.fetches}
+    seen = [part for a in mixer.attends for part in (a.keys, a.values, a.mask) if part is not None]
+    made = any(v.op == "call" for part in seen for v in _before(part, fetched))
+    return found if made or not seen else []
+
+
+def _before(value: Value, fetched: Collection[int]) -> Iterator[Value]:
+    """What a value is made of, as far as the fetches."""
+    seen: set[int] = set()
+    queue = [value]
+    while queue:
+        one = live(queue.pop())
+        if id(one) not in seen and id(one) not in fetched:
+            seen.add(id(one))
+            yield one
+            queue += one.args
 
 
 @dataclass(frozen=True, eq=False, slots=True)

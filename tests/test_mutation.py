@@ -254,7 +254,7 @@ def test_a_count_of_calls_in_a_part_of_a_mixer_is_refused():
     never_wrong("rwkv7", "subclass-counting", MODEL, REFUSED, LOUD)
 
 
-@pytest.mark.parametrize("operator", ["fetch-getattr", "fetch-indexed"])
+@pytest.mark.parametrize("operator", ["fetch-getattr", "fetch-indexed", "fetch-list"])
 def test_a_fetch_spelled_otherwise_is_kept(operator):
     never_wrong("llama", operator, KEPT)
 
@@ -451,6 +451,19 @@ def test_a_cast_of_latents_that_is_dropped_is_told(monkeypatch):
 
     monkeypatch.setattr(Judge, "_rewritten", wrong)
     assert judge(name).of(mutant.texts(file)).outcome == SILENT
+
+
+def test_a_wrapper_in_a_decorator_is_followed():
+    """`functools.wraps(method)` names a name of the decorator's own call, and changes nothing."""
+    never_wrong("phi3", "decorator-scaled", KEPT)
+    never_wrong("phi3", "decorator-mixing", MODEL, REFUSED)
+
+
+def test_what_ranks_features_is_no_selection_of_keys():
+    """The largest of a token's own features are looked for behind the attention."""
+    file = File("exaone4", library().text("exaone4"))
+    first = next(m for m in mutants(library(), "exaone4", ("alone-top",)))
+    assert judge("exaone4").of(first.texts(file)).outcome == KEPT
 
 
 def test_a_softmax_along_another_axis_is_no_attention():

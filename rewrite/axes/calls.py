@@ -84,6 +84,7 @@ class Calls(LibraryCalls):
             if expr.op == "attr" and expr.data in ("setter", "getter"):
                 continue
             with self.setup(module):
+                self.frame.scope.parent = scope  # of a nested function: names of the one around it
                 decorator = self.value(expr)
             if isinstance(decorator, Library) and decorator.name in _CACHED:
                 continue

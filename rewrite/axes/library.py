@@ -66,7 +66,7 @@ _READING = (
 )  # fmt: skip
 _OUTPUT = "mlx_vlm.models.base.LanguageModelOutput"
 _KEY_COUNT = "mlx_vlm.models.base.kv_sequence_length"
-_PASSED = ("functools.wraps", "copy.copy", "copy.deepcopy", "functools.lru_cache")
+_PASSED = ("copy.copy", "copy.deepcopy", "functools.lru_cache")
 _NO_ARRAYS = ("finfo", "iinfo", "distributed", "metal", "default_device", "fast", "issubdtype")
 
 
@@ -90,6 +90,8 @@ class LibraryCalls(Builtins):
             return Opaque("number of keys")
         if name in ("functools.partial",):
             return Partial(args[0], tuple(args[1:]), tuple(more.items()))
+        if name == "functools.wraps":
+            return Library("wrapping", NONE)
         if name in _PASSED:
             return args[0] if args and not isinstance(args[0], Known) else callee
         if any(map(is_live, (*args, *more.values()))):
@@ -224,6 +226,8 @@ class LibraryCalls(Builtins):
     def call_bound(
         self, name: str, bound: Value, args: Sequence[Value], more: dict[str, Value]
     ) -> Value:
+        if name == "wrapping":  # a wrapper gets the name and the docstring of another function
+            return args[0] if len(args) == 1 and not more else CONSTANT
         if name == "per_sequence":
             assert isinstance(bound, Tuple)
             return self.call_mixer(bound.items[0], bound.items[1], args, more)

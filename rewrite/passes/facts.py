@@ -225,6 +225,9 @@ class _Evaluator:
                 name = _attribute_named(args, expr)
                 if name is not None:
                     return self.attribute(args[1], name, expr.span)
+                if _is_listed_pair(args, expr):
+                    pair = (self.item(args[1], i, expr.span) for i in (0, 1))
+                    return Value("tuple", tuple(pair), None, expr.span)
                 call = Value("call", args, expr.data, expr.span, expr)
                 self.effect("call", call)
                 return call
@@ -492,6 +495,14 @@ def _is_fetched_pair(value: Value) -> bool:
         and value.args[0].op == "attr"
         and value.args[0].data == "update_and_fetch"
     )
+
+
+def _is_listed_pair(args: tuple[Value, ...], call: Expr) -> bool:
+    """`list(pair)` or `tuple(pair)` of a fetched pair."""
+    if len(args) != 2 or any(call.data) or args[0].op != "global":
+        return False
+    made = args[0].data in ("builtins.list", "builtins.tuple")
+    return made and _is_fetched_pair(args[1])
 
 
 def _assigned(body: Sequence[Stmt]) -> list[str]:
