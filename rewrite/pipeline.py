@@ -22,7 +22,7 @@ from .program import Program
 from .sources import Package, installed_package
 
 # Packages whose modules are read for what they do, wherever they are imported from.
-_READ = ("mlx_lm.models.", "mlx_vlm.models.")
+_READ = ("mlx_lm.models.", "mlx_vlm.models.", "mlx_vlm.kernels")
 # What these offer is part of the vocabulary of `match`: their text has nothing to add.
 _KNOWN = ("mlx_vlm.models.base", "mlx_vlm.models.cache")
 
@@ -47,6 +47,8 @@ class Compiler:
     failures: dict[str, Diagnostic] = field(default_factory=dict)
     settled: dict[str, Verdict] = field(default_factory=dict)
     plans: dict[str, Plan] = field(default_factory=dict)
+    drafts: dict[str, Plan] = field(default_factory=dict)  # of language models, before the proof
+    proved: dict[str, Proof | None] = field(default_factory=dict)
     linked: dict[str, tuple[Program, Judgements]] = field(default_factory=dict)
     programs: dict[str, Program] = field(default_factory=dict)
 
@@ -198,12 +200,13 @@ class Compiler:
         targets = [m for m in modules if self.is_target(m)]
         if not self.package.nested:
             return {m.source.module: self.verdict(m) for m in targets}
-        entry = self.package.entry
-        found = {}
-        for m in targets:
-            own = verdict(program, m, judgements, entry, nested=True)
-            found[m.source.module] = self._with_named(program, own)
-        return settle(program, found, judgements)
+        found = self._drafted(program, targets, judgements)
+        proved = {
+            m.source.module: self.verdict(m)
+            for m in targets
+            if found[m.source.module].mode == "sites"
+        }
+        return settle(program, found | proved, judgements)
 
     def _with_named(self, program: Program, own: Verdict) -> Verdict:
         """Not token-major if a class is something else with methods that only this program calls:
@@ -229,6 +232,8 @@ class Compiler:
     def verdict(self, module: ModuleFacts) -> Verdict:
         """How a file is run: token-major only if its rewritten text is proved row by row."""
         name = module.source.module
+        if self.package.nested:
+            return self._nested_verdict(module)
         if name not in self.settled:
             program, judgements = self.judged(module)
             own = verdict(program, module, judgements, self.package.entry)
@@ -259,22 +264,65 @@ class Compiler:
         program, judgements = self.judged(module)
         return self.proofs.prove(module, self._plan(module, program, judgements), judgements)
 
-    def language_proof(self, name: str) -> Proof | None:
-        """The proof of a language model inside a larger one; None if it has no rows to prove.
+    def _nested_verdict(self, module: ModuleFacts) -> Verdict:
+        """As `verdict`, of a language model inside a larger one."""
+        name = module.source.module
+        if name not in self.settled:
+            found = self._draft_verdicts(module)[name]
+            proof = self.language_proof(name) if found.mode == "sites" else None
+            if proof is not None and proof.failure is not None:
+                found = Verdict("model", found.entry, (proof.failure,))
+            elif proof is not None:
+                found = Verdict(found.mode, found.entry, found.reasons, proof.assumptions)
+            self.settled[name] = found
+        return self.settled[name]
 
-        Routes do not depend on it yet: what is not proved there is the kinds' word.
-        """
-        module = self.load(name)
-        planned = self.plan(module) if module is not None else None
-        if module is None or planned is None or planned.route in ("none", "model", "refused"):
-            return None
-        return self.proofs.prove(module, planned, self.judged(module)[1], self.package.entry)
+    def _drafted(
+        self, program: Program, targets: Iterable[ModuleFacts], judgements: Judgements
+    ) -> dict[str, Verdict]:
+        """Verdicts on files of language models before any of them is proved."""
+        entry = self.package.entry
+        found = {}
+        for m in targets:
+            own = verdict(program, m, judgements, entry, nested=True)
+            found[m.source.module] = self._with_named(program, own)
+        return settle(program, found, judgements)
+
+    def _draft_verdicts(self, module: ModuleFacts) -> dict[str, Verdict]:
+        program, judgements = self.judged(module)
+        targets = [m for m in program.modules.values() if self.is_target(m)]
+        return self._drafted(program, targets, judgements)
+
+    def draft(self, module: ModuleFacts) -> Plan:
+        """The edits that a proof of a language model's file is about."""
+        name = module.source.module
+        if name not in self.drafts:
+            program, judgements = self.judged(module)
+            reached = self.generated(program.modules.values())
+            drafted = self._draft_verdicts(module)
+            self.drafts[name] = plan(program, module, judgements, drafted, reached, in_place=True)
+        return self.drafts[name]
+
+    def language_proof(self, name: str) -> Proof | None:
+        """The proof of a language model inside a larger one; None if it has no rows to prove."""
+        if name not in self.proved:
+            module = self.load(name)
+            drafted = self.draft(module) if module is not None else None
+            self.proved[name] = None
+            if module is not None and drafted is not None:
+                if drafted.route not in ("none", "model", "refused"):
+                    judgements = self.judged(module)[1]
+                    entry = self.package.entry
+                    self.proved[name] = self.proofs.prove(module, drafted, judgements, entry)
+        return self.proved[name]
 
     @cached_property
     def proofs(self) -> Proofs:
         def planned(name: str) -> Plan | None:
             module = self.load(name)
-            return self.plan(module) if module is not None and self.is_target(module) else None
+            if module is None or not self.is_target(module):
+                return None
+            return self.draft(module) if self.package.nested else self.plan(module)
 
         return Proofs(lambda name: self.load(name) if self.is_read(name) else None, planned)
 

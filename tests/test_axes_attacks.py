@@ -78,6 +78,9 @@ ATTACKS = [
     Attack("padded", "x = mx.pad(x, [(0, 0), (1, 0), (0, 0)])[:, : x.shape[1]]  # HERE", "length-dependent"),
     Attack("arange", "x = x + mx.arange(x.shape[1])[None, :, None]  # HERE", "length-dependent position-special row-mixing"),
     Attack("arange of rows", "x = x + mx.arange(x.shape[0])[:, None, None]  # HERE", "length-dependent"),
+    Attack("steps with another axis", "x = x + mx.expand_dims(mx.arange(x.shape[1]), (0, 2))  # HERE", "position-special"),
+    Attack("offset in another shape", "x = x + 0.01 * cache.offset.reshape(-1, 1, 1)  # HERE", "position-special"),
+    Attack("offset with another axis", "x = x + 0.01 * mx.expand_dims(cache.offset, (1, 2))  # HERE", "position-special"),
     Attack("no mask for one token", "x = x * (2 if mask is None else 1)  # HERE", "token-branch"),
     Attack("a word as mask", "x = x * (2 if isinstance(mask, str) else 1)  # HERE", "token-branch"),
     Attack("text of positions", "x = x * len(f'{cache.offset}')  # HERE", "token-branch"),
@@ -138,7 +141,6 @@ ATTACKS = [
     Attack("state of a cache", "x = x * cache.state[0].sum()  # HERE", "cache-use"),
     Attack("cache without keys yet", "x = x * (2 if cache.keys is None else 1)  # HERE", "cache-use"),
     Attack("what a cache has", "x = x * (2 if hasattr(cache, 'keys') else 1)  # HERE", "cache-use"),
-    Attack("what a cache might have", "x = x * (1 if getattr(cache, 'left_padding', None) is None else 2)  # HERE", "cache-use"),
     Attack("class of a cache", "x = x * (2 if isinstance(cache, KVCache) else 1)  # HERE", "cache-use", helpers="from mlx_lm.models.cache import KVCache\n"),
     Attack("type of a cache", "x = x * (2 if type(cache).__name__ == 'KVCache' else 1)  # HERE", "cache-use"),
     Attack("rope without offset", "q = self.rope(q)  # HERE", "position-special", where="rope"),
@@ -187,6 +189,7 @@ def test_an_attack_is_named_where_it_stands(tmp_path, attack):
 
 HARMLESS = [
     ("scaled", "x = 1.5 * x"),
+    ("padding of padded batches", "x = x * (1 if getattr(cache, 'left_padding', None) is None else 2)"),
     ("norm over features", "x = x / mx.linalg.norm(x, axis=-1, keepdims=True)"),
     ("flattened and back", "B, L, D = x.shape\nx = mx.tanh(x.reshape(-1, D)).reshape(B, L, D)"),
     ("heads and back", "B, L, D = x.shape\nx = x.reshape(B, L, 4, -1).cumsum(axis=-1).reshape(B, L, D)"),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from ..ir import Assign, Expr, If
+from ..ir import Assign, Evaluate, Expr, For, If, Stmt
 from .classes import Classes
 from .domain import (
     CONSTANT,
@@ -13,6 +13,7 @@ from .domain import (
     ROWS,
     UNDEFINED,
     Array,
+    Barred,
     ByToken,
     Choice,
     ClassValue,
@@ -54,6 +55,16 @@ _INSIDES = frozenset(
 # What the runtime's masks have; asked for anything else, they raise.
 _OF_MASKS = ("window", "chunk", "prefix", "return_array", "kind", "path", "kept", "floating")
 
+# What caches of mlx_lm and mlx_vlm keep for themselves.
+CACHES_OWN = frozenset(
+    "_buffer _idx _invalidate_derived_metadata _left_padding _left_padding_advance _lengths "
+    "_lengths_advance _lru _lrus _n_bytes _n_bytes_by_type _offset _ordering _planned_drop "
+    "_pool_lengths _processed _recorded_length _right_padding _size _speculation "
+    "_speculation_generation _speculative_valid_lengths _target_size _temporal_order _trie _trim "
+    "_update_concat _update_in_place __dict__ __class__ __slots__".split()
+)
+_PARAMETERS = ("weight", "bias", "scales", "biases")
+
 
 class Attributes(Classes, States):
     def attribute(self, base: Value, name: str) -> Value:
@@ -78,6 +89,8 @@ class Attributes(Classes, States):
                 if name == "offset":
                     self.read_positions()
                     return Array(((ROWS,),), tag=("start",))
+                if name == "state":
+                    return Tuple((Opaque("handle"), Opaque("handle")))  # of what another wrote
                 if name in ("keys", "values"):
                     return Opaque("pages")  # what mx.depends ties to the end of a pipeline
                 if name.startswith("__"):
@@ -104,6 +117,8 @@ class Attributes(Classes, States):
                 raise Dead
             case Constant(key=("number",)):
                 raise Dead
+            case Barred():
+                raise base.use()
             case Constant(key=key):
                 return Constant((key, name)) if key is not None else CONSTANT
             case Partial() | Routine():
@@ -183,11 +198,13 @@ class Attributes(Classes, States):
             member = self.member(base.cls, name)
             if member is not None:
                 return self.bound_member(base, *member)
-        if base.layer and name in ("weight", "bias", "scales", "biases"):
+        if base.layer and name in _PARAMETERS:
             rank = 1 if name == "bias" or base.layer.endswith("Norm") else 2
             return self.held(base, name, Array((feature(),) * rank))
         if name == "training":
             return Known(False)
+        if self.forward and not base.layer and base.cls is not None and name in _PARAMETERS:
+            raise Dead  # a module of the program's own has what its `__init__` made
         return Library(f"layer.{name}", base)
 
     def held(self, base: Instance, name: str, value: Value) -> Value:
@@ -239,10 +256,30 @@ class Attributes(Classes, States):
             sure = base.depth == self.depth or old is None
             base.attributes[name] = value if sure or old is None else join(old, value)
         elif isinstance(base, Opaque):
-            if value != Opaque("pages"):
+            if base.kind == "cache" and name[:1] == "_" and not is_live(value):
+                self.note(name)
+            elif value != Opaque("pages"):
                 raise Refused("cache-use", f"`.{name}` of a cache is set")
         elif self.forward:
             raise Refused("state-on-self", f"`.{name}` of something shared is set")
+
+    def note(self, name: str) -> None:
+        """A cache gets an attribute of the author's own: what only decides whether to set it."""
+        if name in CACHES_OWN or not any(f"cache.{name}" in names for names in self.noting):
+            raise Refused("cache-use", f"`.{name}` of a cache is set")
+        if (0, name) in self.reads:
+            raise Refused("cache-use", f"`.{name}` of a cache is read elsewhere and set here")
+        self.noted.add(name)
+
+    def noticed(self, name: str) -> bool:
+        """An attribute of the author's own is asked of a cache; whether it may be there."""
+        for depth, names, _ in self.apart:
+            if depth == len(self.frames) and f"cache.{name}" in names:
+                return True
+        if name in self.noted:
+            raise Refused("cache-use", f"`.{name}` of a cache is set and read elsewhere")
+        self.reads.add((0, name))
+        return False
 
     @contextmanager
     def reading_apart(self, names: frozenset[str]) -> Iterator[set[tuple[int, str]]]:
@@ -291,16 +328,45 @@ def mentions(expr: Expr, name: str) -> bool:
     return any(mentions(part, name) for part in expr.args)
 
 
-def only_keeps(statement: If) -> frozenset[str]:
+def only_keeps(statement: If, body: Sequence[Stmt]) -> frozenset[str]:
     """The attributes that a branch without another sets, if it does nothing else."""
     names: set[str] = set()
-    for part in statement.body:
+    for part in body:
+        if isinstance(part, Evaluate) and part.value.op in ("const", "string"):
+            continue  # a docstring
         if not isinstance(part, Assign) or part.value is None or len(part.targets) != 1:
             return frozenset()
         if part.targets[0].op != "attr" or part.targets[0].data in names:
             return frozenset()
         names.add(part.targets[0].data)
     return frozenset() if statement.orelse or _binds(statement.test) else frozenset(names)
+
+
+def only_notes(body: Sequence[Stmt]) -> frozenset[str]:
+    """The attributes that statements set, if they do nothing else but take others away."""
+    names: set[str] = set()
+    for part in body:
+        match part:
+            case Assign(targets=(target,), value=value) if (
+                target.op == "attr" and value is not None
+            ):
+                if target.args[0].op != "name" or value.op not in ("name", "const"):
+                    return frozenset()
+                names.add(f"cache.{target.data}")
+            case For(body=inner, orelse=()) | If(body=inner, orelse=()):
+                if not all(isinstance(s, For | If) or _takes_away(s) for s in inner):
+                    return frozenset()
+                names |= only_notes(inner)
+            case _ if not _takes_away(part):
+                return frozenset()
+    return frozenset(names)
+
+
+def _takes_away(statement: Stmt) -> bool:
+    call = statement.value if isinstance(statement, Evaluate) else None
+    if call is None or call.op != "call":
+        return False
+    return call.args[0].op == "name" and call.args[0].data == "delattr"
 
 
 def _binds(expr: Expr) -> bool:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .attributes import Attributes
+from .attributes import CACHES_OWN, Attributes
 from .domain import (
     CONSTANT,
+    LENGTH,
     NONE,
+    ROWS,
     UNDEFINED,
     ZERO,
     Array,
+    Barred,
     ByToken,
     ClassValue,
     Constant,
     Count,
+    CountTest,
     Instance,
     Items,
     Iterable_,
@@ -52,6 +56,10 @@ _UPSTREAM = frozenset(
     "keep step left_padding lengths advance cache caches prepare finalize extract merge filter "
     "extend to_quantized chunk_size rotated _idx _temporal_order".split()
 )
+# What takes rows of a batch apart, and caches of one sequence may have, too.
+_ROWWISE = ("extract", "merge")
+# What only caches of padded batches have, or have as anything but None.
+_PADDED = ("left_padding", "lengths")
 # What reads or sets names behind the proof's back.
 _HIDDEN = frozenset("locals globals vars eval exec compile __import__ open input delattr".split())
 _HOLDING = frozenset("zip enumerate list tuple reversed iter next dict map".split())
@@ -59,8 +67,16 @@ _HOLDING = frozenset("zip enumerate list tuple reversed iter next dict map".spli
 
 class Builtins(Attributes, Operators):
     def call_builtin(self, name: str, args: Sequence[Value], more: dict[str, Value]) -> Value:
+        for value in args if name not in _HOLDING else ():
+            for one in options(value):
+                if isinstance(one, Barred):
+                    raise one.use()
         handler = getattr(self, f"_{name}", None)
         if name not in _HOLDING and any(Opaque("mask") in options(a) for a in args):
+            word = name == "isinstance" and tuple(args[1:]) == (Library("builtins.str"),)
+            if word and args[0] == Opaque("mask") and not self.recognised():
+                # Upstream's is a word for chunks of several tokens, a paged one never.
+                return CountTest((LENGTH,), None, paged=False)
             self.mask_branch()
         if handler is not None and name in _BUILTINS:
             return self.each(lambda a, k: handler(*a, **k), args, more)
@@ -70,7 +86,7 @@ class Builtins(Attributes, Operators):
             if name in ("int", "float", "bool", "str", "abs", "max", "min", "round", "sum"):
                 return self._number(name, args)
             raise Refused("unknown-operation", f"{name}() of tokens has no rule")
-        if name in ("max", "min", "int", "float", "abs") and args:
+        if name in ("max", "min", "int", "float", "abs", "bool") and args:
             if all(isinstance(a, Known) for a in args) and not more:
                 return self.computed(getattr(__import__("builtins"), name), args)
         return CONSTANT
@@ -154,6 +170,10 @@ class Builtins(Attributes, Operators):
             return Known(False)
         if value == Opaque("mask") and names == {"array"}:
             return Known(False)  # a recognised mixer asks: elsewhere the question is refused
+        if value == NONE and names == {"array"}:
+            return Known(False)
+        if value == Opaque("handle") and names == {"array"} and self.claimed():
+            return Known(False)
         classes = list(parts(cls)) if isinstance(cls, Tuple) else [cls]
         python = all(isinstance(c, Library) and c.name.count(".") == 1 for c in classes)
         if value == Opaque("cache") and not python:
@@ -167,6 +187,8 @@ class Builtins(Attributes, Operators):
         if value == STATES:
             return Known(self.states_have(name))
         if isinstance(value, Opaque):
+            if value.kind == "cache" and isinstance(name, Known) and name.value in _ROWWISE:
+                return CountTest((ROWS,), None, paged=False)
             return Known(self.cache_has(name))
         if isinstance(value, (Items, Tuple)) and isinstance(name, Known):
             return Known(hasattr(list if isinstance(value, Items) else tuple, str(name.value)))
@@ -179,6 +201,8 @@ class Builtins(Attributes, Operators):
         """Whether a paged cache has an attribute; where others have it, asking is refused."""
         if not isinstance(name, Known) or (name.value in _UPSTREAM and not self.tying):
             raise Refused("cache-use", "whether a cache has what a paged one has not")
+        if isinstance(name.value, str) and name.value[:1] == "_" and name.value not in CACHES_OWN:
+            self.noticed(name.value)
         return name.value in _PAGED
 
     def _getattr(self, value: Value, name: Value, default: Value = UNDEFINED) -> Value:
@@ -190,6 +214,11 @@ class Builtins(Attributes, Operators):
             self.consulted(value, name.value)
         if value == STATES and default != UNDEFINED and not self.states_have(name):
             return default
+        if value == Opaque("cache") and default == NONE and name.value in _PADDED:
+            return NONE
+        if value == Opaque("cache") and default != UNDEFINED and name.value[:1] == "_":
+            if name.value not in CACHES_OWN and self.noticed(name.value):
+                return choice((default, CONSTANT))
         if (
             isinstance(value, Opaque)
             and value != STATES

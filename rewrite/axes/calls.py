@@ -8,6 +8,7 @@ from typing import Any
 from ..ir import Expr, Function, Parameter
 from .domain import (
     CONSTANT,
+    LENGTH,
     NONE,
     Choice,
     ClassValue,
@@ -24,12 +25,16 @@ from .domain import (
     Tuple,
     Undefined,
     Value,
+    choice,
     is_live,
     join,
     parts,
 )
 from .library import LibraryCalls
 from .machine import Fork, Frame, Scope
+from .meanings import MEANINGS, TOKENWISE, digest, meaning_text
+from .rules import array
+from .shapes import axis_index, describe
 from .terms import named, same_terms
 
 _DEEPEST = 60
@@ -96,9 +101,65 @@ class Calls(LibraryCalls):
     ) -> Value:
         if routine.module in self.ropes and getattr(routine.syntax, "name", "") == _ROPE:
             return self.rope()
+        owner = routine.owner.qualified if routine.owner is not None else routine.module
+        name = f"{owner}.{getattr(routine.syntax, 'name', '')}"
+        if self.forward and (name in MEANINGS or name in TOKENWISE):
+            found = self.by_meaning(name, routine, args, more)
+            if found is not None:
+                return found
         if len(self.frames) > _DEEPEST:
             raise Refused("unknown-operation", "calls nest too deeply")
         return self.call_bound_names(routine, self.bind(routine, args, more))
+
+    def by_meaning(
+        self, name: str, routine: Routine, args: Sequence[Value], more: dict[str, Value]
+    ) -> Value | None:
+        """A function that is known by its text; None if the text is another one."""
+        text = self.world.text(routine.module)
+        first, _, last = name.removeprefix(f"{routine.module}.").partition(".")
+        known: object = routine.owner.syntax if routine.owner is not None else routine.syntax
+        if text is None or text.names.get(first) != [known]:
+            return None
+        key = self.digests.get(name)
+        if key is None:
+            key = self.digests[name] = digest(text, first)
+        if name in TOKENWISE:
+            return self.tokenwise(routine, args, more) if key == TOKENWISE[name] else None
+        meaning = MEANINGS[name]
+        if key != meaning.digest:
+            return None
+        self.assume(f"`{last or first}`, read and not run: {meaning.reason}")
+        read = meaning_text(name)
+        self.world.known[read.module.source.module] = read
+        (function,) = read.names["meaning"]
+        assert isinstance(function, Function)
+        inner = Routine(read.module.source.module, function)
+        given = args if routine.bound is None else (routine.bound, *args)
+        value = self.call_bound_names(inner, self.bind(inner, given, more))
+        return choice((NONE, value)) if meaning.declines else value
+
+    def tokenwise(self, routine: Routine, args: Sequence[Value], more: dict[str, Value]) -> Value:
+        """A call for each position of the length alone, put back behind each other.
+
+        What is called treats each row by itself, or the proof of it ends there.
+        """
+        given = self.bind(routine, args, more)
+        operation, first, rest, axis = given.values()
+        assert isinstance(rest, Tuple)
+        for value in (first, *rest.items):
+            x = array(value)
+            if x.tag or x.axes is None or x.axes[axis_index(x, axis)] != (LENGTH,):
+                raise Refused("row-mixing", f"{describe(x)} is cut along another axis")
+        self.singly += 1
+        try:
+            result = self.call(operation, (first, *rest.items), {})
+        finally:
+            self.singly -= 1
+        for value in parts(result) if isinstance(result, Tuple) else (result,):
+            x = array(value)
+            if x.tag or x.axes is None or x.axes[axis_index(x, axis)] != (LENGTH,):
+                raise Refused("row-mixing", f"{describe(x)} is put together along another axis")
+        return result
 
     def call_bound_names(self, routine: Routine, names: dict[str, Value]) -> Value:
         """Call once for each of what arguments may be: with and without a cache, a mask, ..."""
@@ -123,6 +184,7 @@ class Calls(LibraryCalls):
         except Fork as fork:
             del self.frames[frames:]
             self.depth = depth
+            self.forward = forward
             result = self.both_ways(routine, names, fork.test)
             key = None
         if key is not None:
@@ -130,7 +192,7 @@ class Calls(LibraryCalls):
         return result
 
     def memo_key(self, routine: Routine, names: dict[str, Value]) -> Any:
-        if not self.forward or routine.scope is not None or self.assumed:
+        if not self.forward or routine.scope is not None or self.assumed or self.singly:
             return None
         if any(_mutable(v) for v in names.values()):
             return None
@@ -161,21 +223,30 @@ class Calls(LibraryCalls):
         is what expert sorting does for speed.
         """
         results: list[Value] = []
-        before, depth = len(self.frames), self.depth
+        before, depth, forward = len(self.frames), self.depth, self.forward
         self.unmemoised += 1
         given = {name: named(value, (id(test), name)) for name, value in names.items()}
-        for outcome in (True, False):
-            del self.frames[before:]
-            self.depth = depth
-            self.assumed[test.key] = outcome
-            results.append(self.run(routine, dict(given)))
-        del self.assumed[test.key]
-        self.unmemoised -= 1
-        one, two = results
-        if one != two or not same_terms(one, two):
+        try:
+            for outcome in (True, False):
+                self.assumed[test.key] = outcome
+                try:
+                    results.append(self.run(routine, dict(given)))
+                except Fork as inner:  # another such branch behind this one
+                    results.append(self.both_ways(routine, given, inner.test))
+                except Dead:  # it raises: nothing is computed this way, and nobody is misled
+                    pass
+                del self.frames[before:]
+                self.depth, self.forward = depth, forward
+        finally:
+            del self.assumed[test.key]
+            self.unmemoised -= 1
+        if not results:
+            raise Dead
+        one, two = results[0], results[-1]
+        if len(results) > 1 and not same_terms(one, two):
             self.refuse_test(test)
         self.operations.add("permutation")
-        return one
+        return join(one, two)
 
     def bind(
         self, routine: Routine, args: Sequence[Value], more: dict[str, Value]

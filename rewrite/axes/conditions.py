@@ -12,7 +12,9 @@ from .domain import (
     CONSTANT,
     LENGTH,
     NONE,
+    ROWS,
     Array,
+    Barred,
     ByToken,
     Choice,
     ClassValue,
@@ -67,7 +69,7 @@ class Conditions(Containers):
                 return CONSTANT
             raise Dead
         if any(isinstance(v, (Count, CountTest)) for v in pair) and not any(
-            isinstance(v, Array) for v in pair
+            isinstance(v, (Array, Barred)) for v in pair
         ):
             return self.compare_counts(op, left, right, key)
         if any(isinstance(v, Array) for v in pair):
@@ -83,6 +85,12 @@ class Conditions(Containers):
             if left == right:
                 return Known(op == "==")
             return CountTest(tuple(f for v in parts(left) for f in getattr(v, "factors", ())), key)
+        for one, two in (pair, pair[::-1]):
+            if isinstance(one, Barred):
+                raise one.use()
+            if one == Opaque("mask") and isinstance(two, Known) and isinstance(two.value, str):
+                if two.value != "causal" and op in ("==", "!="):
+                    return Known(op == "!=")  # no mask that anybody makes is another word
         if any(map(is_live, pair)):
             raise Refused("unknown-operation", "a comparison of what is not known")
         return CONSTANT
@@ -94,8 +102,10 @@ class Conditions(Containers):
         factors = tuple(
             f for v in (left, right) if isinstance(v, (Count, CountTest)) for f in v.factors
         )
-        single = None
+        single = alone = None
         for one, two, swap in ((left, right, False), (right, left, True)):
+            if one == Count((ROWS,)) and isinstance(two, Known) and type(two.value) is int:
+                alone = bool(_COMPARE[op](*((two.value, 1) if swap else (1, two.value))))
             if isinstance(one, Count) and one == Count((LENGTH,)) and isinstance(two, Known):
                 says = [
                     bool(_COMPARE[op](*((two.value, n) if swap else (n, two.value))))
@@ -104,11 +114,14 @@ class Conditions(Containers):
                 if type(two.value) is int and two.value <= 1 and says[0] == says[1]:
                     return Known(says[0])  # a chunk has one token at least
                 single = says[0]
-        return CountTest(factors, key, single)
+        return CountTest(factors, key, single, alone)
 
     def same(self, left: Value, right: Value, wanted: bool) -> Value:
         if any(isinstance(v, (Count, CountTest)) for v in (*options(left), *options(right))):
             raise Refused("token-count", "whether a number of tokens is some object")
+        barred = [v for v in (*options(left), *options(right)) if isinstance(v, Barred)]
+        if any(v.factors for v in barred):
+            return CountTest(tuple(f for v in barred for f in v.factors), None)
         outcomes: set[bool | None] = set()
         for one in options(left):
             for two in options(right):
@@ -149,6 +162,8 @@ class Conditions(Containers):
         match value:
             case Known():
                 return bool(value.value)
+            case Constant(key=("and" | "or", bool(held), _)):
+                return held
             case Choice(options=several):
                 found = {self.truth(one) for one in several}
                 return found.pop() if len(found) == 1 else None
@@ -178,14 +193,19 @@ class Conditions(Containers):
                 return bool(entries)
             case Numbers() | ByToken():
                 raise Refused("token-branch", "a branch on what tokens hold", "mx.where")
+            case Barred():
+                raise value.use()
         return None
 
     def mask_branch(self) -> None:
         """Upstream makes no mask for a single token, so whether there is one tells how many there
         are; only a recognised mixer may ask."""
-        owner = self.claimant()
-        if owner is None or owner.qualified not in self.claims:
+        if not self.recognised():
             raise Refused("token-branch", "whether a mask is made depends on the number of tokens")
+
+    def recognised(self) -> bool:
+        owner = self.claimant()
+        return owner is not None and owner.qualified in self.claims
 
     def claimant(self) -> ClassValue | None:
         """The innermost class around that was recognised as a mixer, else the outermost one."""
@@ -199,17 +219,33 @@ class Conditions(Containers):
     def truth_of_count(self, test: CountTest) -> bool:
         if test.key is None:
             self.refuse_test(test)
+        known = self.known_of_count(test)
+        if known is None:
+            raise Fork(test)
+        return known
+
+    def known_of_count(self, test: CountTest) -> bool | None:
+        if self.singly and test.single is not None:
+            return test.single
         if test.key in self.assumed:
             return self.assumed[test.key]
+        return test.single if test.single is not None and self.claimed() else None
+
+    def claimed(self) -> bool:
+        """A recognised mixer asks: its kind says that both answers mean the same."""
         owner = self.claimant()
-        if test.single is not None and owner is not None and owner.qualified in self.claims:
-            kind = self.claims[owner.qualified]
-            self.assume(f"both arms mean the same: `{owner.name}` was recognised as {kind}")
-            return test.single
-        raise Fork(test)
+        if owner is None or owner.qualified not in self.claims:
+            return False
+        kind = self.claims[owner.qualified]
+        self.assume(f"both arms mean the same: `{owner.name}` was recognised as {kind}")
+        return True
 
     def refuse_test(self, test: CountTest) -> None:
         kinds = {f.kind for f in test.factors}
+        if test.paged is not None and kinds == {"length"}:
+            raise Refused("token-branch", "which mask is made depends on the number of tokens")
+        if test.paged is not None:
+            raise Refused("cache-use", "whether a cache has what a paged one has not")
         at = test.key[0] if isinstance(test.key, tuple) else None
         if kinds == {"length"}:
             raise Refused("length-dependent", "a branch on the length of a chunk", at=at)

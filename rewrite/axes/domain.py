@@ -120,11 +120,17 @@ class Count(Value):
 
 @dataclass(frozen=True, slots=True)
 class CountTest(Value):
-    """A condition on a number of tokens; `key` is where it stands."""
+    """A condition on a number of tokens; `key` is where it stands.
+
+    Or one on what a paged cache is: `paged` is then what that one says, `alone` what caches of one
+    sequence say.
+    """
 
     factors: tuple[Factor, ...]
     key: Hashable
     single: bool | None = None  # what it says of chunks of one token
+    alone: bool | None = None  # what it says of one sequence, as the original runs
+    paged: bool | None = None  # what it says of rows, whatever their number
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +138,22 @@ class Opaque(Value):
     """What rewritten code passes on: a "cache", a "mask", "handle"s of keys and values, ..."""
 
     kind: str
+
+
+@dataclass(frozen=True, slots=True)
+class Barred(Value):
+    """A value that may be passed on but not used: what its use is refused for.
+
+    `factors`: of the number of tokens that decides whether it is None, if that does.
+    """
+
+    slug: str
+    message: str
+    factors: tuple[Factor, ...] = ()
+    at: Any = None  # where it is decided: a module and a span
+
+    def use(self) -> Refused:
+        return Refused(self.slug, self.message, at=self.at)
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,7 +354,7 @@ def is_live(value: Value) -> bool:
     match value:
         case Array():
             return value.live
-        case Count() | CountTest() | Opaque() | Numbers() | ByToken():
+        case Count() | CountTest() | Opaque() | Barred() | Numbers() | ByToken():
             return True
         case Instance():
             return value.forward and any(is_live(v) for v in value.attributes.values())
@@ -430,7 +452,8 @@ def _join_arrays(one: Array, two: Array) -> Array | None:
     merged = [join_axes(a, b) for a, b in zip(one.axes, two.axes, strict=True)]
     if any(axis is None for axis in merged):
         return None
-    return Array(tuple(axis for axis in merged if axis is not None), one.open, one.tag)
+    term = one.term if one.term == two.term else None
+    return Array(tuple(axis for axis in merged if axis is not None), one.open, one.tag, term)
 
 
 _WIDEST = 12

@@ -45,6 +45,23 @@ _UNARY: dict[str, Callable[[Any], Any]] = {
 }
 
 
+def _both(stops: bool, left: bool | None, right: bool | None) -> bool | None:
+    """How `or` (it stops at True) or `and` ends, where that is known."""
+    if stops in (left, right):
+        return stops
+    return None if None in (left, right) else not stops
+
+
+def _joined(
+    stops: bool, left: CountTest, right: CountTest, alone: bool | None, paged: bool | None
+) -> CountTest:
+    """Two tests in one, which is a test of its own."""
+    factors = (*left.factors, *right.factors)
+    if not isinstance(left.key, tuple) or right.key is None:
+        return CountTest(factors, None, None, alone, paged)
+    return CountTest(factors, (left.key[0], stops, left.key, right.key), None, alone, paged)
+
+
 # Methods of containers, of Python and others, that change them.
 _CHANGING = frozenset(
     "add append appendleft clear discard extend insert pop popitem popleft remove rotate send "
@@ -161,25 +178,47 @@ class Expressions(Subscripts, Operators):
     def e_bool(self, expr: Expr) -> Value:
         left = self.value(expr.args[0])
         self.at(expr.args[0])
-        if isinstance(left, CountTest) and left.key not in self.assumed:
-            known = None if left.single is None else self.truth(left)
-        else:
-            known = self.truth(left)
+        known = self.known_of_count(left) if isinstance(left, CountTest) else self.truth(left)
         stops = expr.data == "or"
         if known is not None and known == stops:
             return left
         before = self.frame.scope.names
         self.frame.scope.names = self.narrowed(expr.args[0], not stops, before)
+        frames, depth = len(self.frames), self.depth
         try:
             right = self.value(expr.args[1])
         except Dead:
             right = UNDEFINED
+        except Refused:
+            if known is not None or not isinstance(left, CountTest):
+                raise
+            del self.frames[frames:]
+            self.depth = depth
+            right = CountTest(left.factors, None)  # it may not decide: nor may the whole test
         finally:
             self.frame.scope.names = before
         if known is not None:
             return right
+        if isinstance(left, Constant | CountTest) and isinstance(right, Known | Constant):
+            if self.truth(right) is stops:  # whatever the other side is
+                return Constant(("and" if not stops else "or", stops, self.here()))
+        if isinstance(left, CountTest) and isinstance(right, CountTest):
+            alone, paged = (
+                _both(stops, getattr(left, end), getattr(right, end)) for end in ("alone", "paged")
+            )
+            if alone is not None and alone is paged:  # both forms take the same way
+                return Known(alone)
+            if left != right:
+                return _joined(stops, left, right, alone, paged)
         if isinstance(left, CountTest):
-            return left if not is_live(right) or right == left else CountTest(left.factors, None)
+            if is_live(right) and right != left:
+                return CountTest(left.factors, None)
+            if right == left:
+                return left
+            if self.truth(right) is not None:
+                return left
+            ends = (end if end is stops else None for end in (left.alone, left.paged))
+            return CountTest(left.factors, left.key, left.single, *ends)
         if expr.data == "or":
             return choice(
                 (*(o for o in options(left) if o != NONE and o != Known(False)), *options(right))

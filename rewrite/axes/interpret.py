@@ -8,6 +8,7 @@ is refused, unless a rule says what it does to token axes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from .domain import (
     Refused,
     Tuple,
     Value,
+    feature,
     leads,
     options,
     parts,
@@ -37,6 +39,10 @@ from .statements import Statements
 from .world import REWRITTEN
 
 _CALLS = 8
+# What a language model inside a larger one is called with, beside ids and caches.
+EMBEDS = Array(((ROWS,), (LENGTH,), feature(("embeds",))))
+POSITIONS = Array((feature(3), (ROWS,), (LENGTH,)))
+POSITIONS_LAST = Array(((ROWS,), (LENGTH,), feature(3)))  # as some models stack them
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +59,11 @@ class Failure:
 class Interpreter(Statements, Expressions, Calls):
     """One proof. `claims` are the classes whose mixing a kind has taken, by name and kind."""
 
-    def prove(self, module: str, entry: str) -> Failure | None:
-        """Run `entry(config)(ids, cache=caches)`; None if every step is row by row."""
+    def prove(
+        self, module: str, entry: str, calls: Sequence[Mapping[str, Value]] = ({},)
+    ) -> Failure | None:
+        """Run `entry(config)(ids, cache=caches, **given)` for each of `calls`; None if every step
+        is row by row."""
         try:
             cls = self.global_value(module, entry)
             if not isinstance(cls, ClassValue):
@@ -62,8 +71,9 @@ class Interpreter(Statements, Expressions, Calls):
             model = self.instantiate(cls, (Constant(("config",)),), {})
             self.forward = True
             ids = Array(((ROWS,), (LENGTH,)))
-            out = self.call(model, (ids,), {"cache": Opaque("cache")})
-            self.check_logits(out)
+            for given in calls:
+                out = self.call(model, (ids,), {"cache": Opaque("cache"), **given})
+                self.check_logits(out)
             self.check_caches()
         except Refused as problem:
             return self.failure(problem)
@@ -126,13 +136,13 @@ class Interpreter(Statements, Expressions, Calls):
             first = one.items[0] if isinstance(one, Tuple) and one.items else one
             if isinstance(one, Instance):
                 first = one.attributes.get("logits", one)
-            logits = array(first)
-            axes = logits.axes or ()
-            good = len(axes) == 3 and axes[0][:1] and axes[0][0].kind in ("rows", "wanted")
-            if logits.open and len(axes) == 2:
-                good = True
-            if not good or len(axes[0]) != 1 or axes[1] != (LENGTH,):
-                raise Refused("row-mixing", f"the model returns axes {logits}")
+            for logits in map(array, options(first)):
+                axes = logits.axes or ()
+                good = len(axes) == 3 and axes[0][:1] and axes[0][0].kind in ("rows", "wanted")
+                if logits.open and len(axes) == 2:
+                    good = True
+                if not good or len(axes[0]) != 1 or axes[1] != (LENGTH,):
+                    raise Refused("row-mixing", f"the model returns axes {logits}")
 
     def check_caches(self) -> None:
         """Caches grow by what is written to them, and mixers go on from what they find there: what

@@ -291,6 +291,7 @@ ROW_OPS: dict[str, tuple[Layer, str]] = {
 # Custom kernels by the hash of their text; what was read in it.
 KERNELS: dict[str, str] = {
     "b6a26040b565360e": "a product with packed weights; a thread reads the one row it writes",
+    "bd9346924bb6a0c1": "a product with packed weights; a simdgroup reads the one row it writes",
     "99afa53b5d5000a9": "a softmax over earlier layers; a threadgroup reads the one row it writes",
 }
 

@@ -14,6 +14,7 @@ from .domain import (
     PARAMETER,
     ROWS,
     Array,
+    Barred,
     Count,
     Dead,
     Instance,
@@ -65,6 +66,8 @@ _READING = (
     "parameters", "state", "trainable_parameters", "values",
 )  # fmt: skip
 _OUTPUT = "mlx_vlm.models.base.LanguageModelOutput"
+_FIRST_ROW = "mlx_vlm.models.base.cache_position_offset"
+_PLAIN = "mlx_vlm.models.base.dequantize_kv_state"
 _KEY_COUNT = "mlx_vlm.models.base.kv_sequence_length"
 _PASSED = ("copy.copy", "copy.deepcopy", "functools.lru_cache")
 _NO_ARRAYS = ("finfo", "iinfo", "distributed", "metal", "default_device", "fast", "issubdtype")
@@ -86,6 +89,10 @@ class LibraryCalls(Builtins):
         if name == _OUTPUT:
             held = dict(zip(("logits", "hidden_states"), args, strict=False)) | more
             return Instance(None, held, "", self.depth, self.forward)
+        if name == _FIRST_ROW and args and args[0] == Opaque("cache"):
+            return Barred("position-special", "one position for all rows")
+        if name == _PLAIN and len(args) == 3 and args[1] == args[2] == Opaque("handle"):
+            return Tuple((args[1], args[2]))  # what has a shape is given back
         if name == _KEY_COUNT and args and args[0] == Opaque("handle"):
             return Opaque("number of keys")
         if name in ("functools.partial",):

@@ -20,6 +20,7 @@ from .domain import (
     Dead,
     Instance,
     Items,
+    Known,
     Library,
     Refused,
     Routine,
@@ -34,9 +35,20 @@ from .terms import term_of, termed
 from .world import World
 
 # What a permutation of rows that is undone is made of: none of it changes an entry.
-_PERMUTING = ("flatten", "unflatten", "index", "expand_dims", "squeeze", "stop_gradient")
+_PERMUTING = (
+    "flatten",
+    "unflatten",
+    "index",
+    "expand_dims",
+    "squeeze",
+    "stop_gradient",
+    "contiguous",
+)
 UNROLLED = 24
 ROPES = "mlx_vlm.models.rope_utils"
+# Positions are no data: of all rules, these know them.
+_PLACES = (("start",), ("end",), ("steps",))
+_PLACED = frozenset("array fast.rope index nn.RoPE row_positions".split())
 
 
 class Fork(Exception):
@@ -69,6 +81,13 @@ class Frame:
     continues: list[dict[str, Value]] = field(default_factory=list)
 
 
+def _hint(key: str, value: Value) -> Hashable:
+    """The term of a keyword's value; whether indices are sorted tells how to compute, not what."""
+    if key == "sorted_indices" and value == Known(False):
+        return term_of(CountTest((), None))
+    return term_of(value)
+
+
 class Machine(ABC):
     """The state of one proof and what each part of the interpreter is built on."""
 
@@ -83,12 +102,16 @@ class Machine(ABC):
         self.lineages: dict[tuple[str, int], list[ClassValue | Library]] = {}
         self.unmemoised = 0
         self.assumed: dict[Any, bool] = {}
+        self.digests: dict[str, str] = {}  # of functions known by their text
+        self.singly = 0  # inside calls for each position of a chunk alone
         self.assumptions: dict[Assumption, None] = {}
         self.reads: set[tuple[int, str]] = set()  # of attributes, where they may show
         self.own_reads: set[tuple[int, str]] = set()  # by what is kept under the same name
         self.kept: dict[tuple[int, str], set[Any]] = {}  # by the forward, and where
         # Frames, names, and reads of these that show nowhere else.
         self.apart: list[tuple[int, frozenset[str], set[tuple[int, str]]]] = []
+        self.noting: list[frozenset[str]] = []  # of branches that do nothing else
+        self.noted: set[str] = set()  # attributes that caches get and only their setting reads
         self.operations: set[str] = set()
         self.positioned: Any = None  # where positions of a cache were read first
         self.position_places: set[Any] = set()  # all of these outside of mixers
@@ -144,6 +167,10 @@ class Machine(ABC):
             live = any(map(is_live, (*args, *more.values())))
             if live:
                 self.operations.add(rule.name)
+                if rule.name not in _PLACED:
+                    for value in (*args, *more.values()):
+                        if isinstance(value, Array) and value.tag[:1] in _PLACES:
+                            array_rules.elementwise(self, value)
                 if rule.name != "paged_attention":
                     for value in (*args, *more.values()):
                         if (wrong := unturned(value)) is not None:
@@ -179,7 +206,7 @@ class Machine(ABC):
             if restored and (order or name != "index"):
                 return termed(result, first.term)
         names = sorted(more)
-        words = (*map(term_of, args), *(term_of(more[key]) for key in names))
+        words = (*map(term_of, args), *(_hint(key, more[key]) for key in names))
         return termed(result, None if None in words else (name, *names, *words))
 
     def on_row(self, rule: Rule, row: Any, args: Sequence[Value], more: dict[str, Value]) -> Value:

@@ -12,6 +12,7 @@ from .domain import (
     NONE,
     PARAMETER,
     Array,
+    Barred,
     Constant,
     Count,
     CountTest,
@@ -60,6 +61,11 @@ class Operators(Conditions):
             return self.items(None, choice((left, *held)))
         if OBJECT in pair or STATES in pair:
             raise Dead
+        for one, two in (pair, pair[::-1]):
+            if isinstance(one, Barred):
+                raise one.use()
+            if isinstance(one, Count) and isinstance(two, Array) and two.tag[:1] == ("start",):
+                return Barred("token-count", "how many keys there are is used as data")
         if any(isinstance(v, Opaque) for v in pair):
             raise Refused("cache-use", "a cache or a mask is computed with")
         if any(isinstance(v, Array) for v in pair):

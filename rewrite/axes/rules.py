@@ -23,6 +23,7 @@ from .domain import (
     ZERO,
     Array,
     Axis,
+    Barred,
     Choice,
     ClassValue,
     Constant,
@@ -115,6 +116,8 @@ def array(value: Value) -> Array:
             raise Dead
         case Opaque(kind=kind):
             raise Refused("cache-use", f"a {kind} is used as an array", "passing it on")
+        case Barred():
+            raise value.use()
     raise Refused("unknown-operation", "an operand that is not known")
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from ..ir import (
     Assign,
@@ -20,18 +21,24 @@ from ..ir import (
     Stmt,
     While,
 )
-from .attributes import mentions, only_keeps
+from .attributes import mentions, only_keeps, only_notes
 from .domain import (
     CONSTANT,
     NONE,
+    ROWS,
     UNDEFINED,
     Array,
+    Barred,
     Choice,
     ClassValue,
+    Count,
+    CountTest,
     Dead,
     Instance,
     Items,
     Known,
+    Library,
+    Opaque,
     OpenShape,
     Refused,
     Undefined,
@@ -246,23 +253,32 @@ class Statements(Loops, Subscripts, Operators):
 
     def branch(self, statement: If) -> bool:
         tying, self.tying = self.tying, _only_ties(statement)
-        with self.reading_apart(only_keeps(statement)):
+        alone = self.keeps(statement)
+        with self.reading_apart(alone):
             test = self.value(statement.test)
         self.tying = tying
         self.frame.where = statement.test.span
+        if isinstance(test, CountTest) and self.known_of_count(test) is None:
+            rows = all(f == ROWS for f in test.factors) or test.key is None
+            if rows and self.only_names(statement):
+                self.name_by_count(statement, test)
+                return False
         known = self.truth(test)
         scope = self.frame.scope
         before = scope.names
         if known is not None:
             scope.names = self.narrowed(statement.test, known, before)
-            return self.block(statement.body if known else statement.orelse)
+            with self.only_noting(alone):
+                return self.block(statement.body if known else statement.orelse)
         ends: list[dict[str, Value]] = []
         self.depth += 1
         grown = after = self.grown
         for held, body in ((True, statement.body), (False, statement.orelse)):
             self.grown = grown
             scope.names = self.narrowed(statement.test, held, before)
-            if not self.block(body):
+            with self.only_noting(alone):
+                ended = self.block(body)
+            if not ended:
                 ends.append(scope.names)
             after = after or self.grown
         self.grown = after
@@ -272,6 +288,99 @@ class Statements(Loops, Subscripts, Operators):
             return True
         scope.names = self.met(ends, statement.test.span)
         return False
+
+    def keeps(self, statement: If) -> frozenset[str]:
+        """The attributes that a branch only keeps, by itself or by a method that does no more."""
+        body = statement.body
+        call = body[0].value if len(body) == 1 and isinstance(body[0], Evaluate) else None
+        if self.forward and call is not None and call.op == "call" and len(call.args) == 1:
+            callee = call.args[0]
+            if callee.op == "attr" and callee.args[0].op == "name":
+                this = self.lookup(callee.args[0].data)
+                if isinstance(this, Instance) and this.cls is not None:
+                    found = self.member(this.cls, callee.data)
+                    if found is not None and isinstance(found[1], Function):
+                        return only_keeps(statement, found[1].body)
+        if not statement.orelse and (noted := only_notes(body)):
+            return only_keeps(statement, body) | noted
+        return only_keeps(statement, body)
+
+    @contextmanager
+    def only_noting(self, names: frozenset[str]) -> Iterator[None]:
+        self.noting.append(names)
+        try:
+            yield
+        finally:
+            self.noting.pop()
+
+    def only_names(self, statement: If) -> bool:
+        """The branch does nothing but give names values that mlx's own operations compute."""
+        for part in (*statement.body, *statement.orelse):
+            match part:
+                case Assign(targets=targets, value=expr) if expr is not None:
+                    named = all(t.op == "name" for t in targets)
+                    if not named or not self.computes(expr):
+                        return False
+                case If():
+                    if not self.computes(part.test) or not self.only_names(part):
+                        return False
+                case _:
+                    return False
+        return True
+
+    def computes(self, expr: Expr) -> bool:
+        """Nothing is called but mlx, nothing is bound."""
+        if expr.op == "call":
+            callee = expr.args[0]
+            while callee.op == "attr":
+                callee = callee.args[0]
+            found = self.lookup(callee.data) if callee.op == "name" else None
+            if not isinstance(found, Library) or found.name not in _PURE:
+                return False
+        return expr.op in _COMPUTING and all(map(self.computes, expr.args))
+
+    def name_by_count(self, statement: If, test: CountTest) -> None:
+        """Names whose values the number of tokens decides: nothing may use them."""
+        scope, depth, frames = self.frame.scope, self.depth, len(self.frames)
+        before, where = scope.names, statement.test.span
+        ends: list[dict[str, Value]] = []
+        for body in (statement.body, statement.orelse):
+            scope.names = dict(before)
+            for part in body:
+                try:
+                    self.statement(part)
+                except Refused as problem:
+                    del self.frames[frames:]
+                    self.depth = depth
+                    for name in _assigned((part,)):
+                        scope.names[name] = Barred(
+                            problem.slug, problem.message, test.factors or _SOME
+                        )
+            ends.append(scope.names)
+        one, two = ends
+        scope.names = {**one, **two}
+        for name in one.keys() & two.keys():
+            plain = isinstance(one[name], (Known, Count, Opaque)) and one[name] == two[name]
+            if one[name] is not two[name] and not plain:  # equal axes are no equal entries
+                message = f"the number of tokens decides what `{name}` is"
+                scope.names[name] = Barred(
+                    "token-count", message, test.factors or _SOME, (scope.module, where)
+                )
+
+
+_PURE = ("mlx.core", "builtins.getattr", "builtins.isinstance", "builtins.len")
+_COMPUTING = frozenset(
+    "name const attr call subscript slice tuple unary binary compare bool if".split()
+)
+_SOME = (ROWS,)
+
+
+def _assigned(body: Sequence[Stmt]) -> Iterator[str]:
+    for part in body:
+        if isinstance(part, Assign):
+            yield from (target.data for target in part.targets)
+        elif isinstance(part, If):
+            yield from _assigned((*part.body, *part.orelse))
 
 
 def _only_ties(statement: If) -> bool:

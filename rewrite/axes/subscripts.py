@@ -9,6 +9,7 @@ from .domain import (
     CONSTANT,
     PARAMETER,
     Array,
+    Barred,
     Choice,
     Constant,
     Dead,
@@ -77,6 +78,8 @@ class Subscripts(Attributes, Containers):
                 return Library("at.", Tuple((bound, key)))
             case Known(value=None) | Undefined():
                 raise Dead
+            case Barred():
+                raise base.use()
             case Iterable_():
                 return base if isinstance(key, Slice) else base.element
             case Constant(key=("number",)):

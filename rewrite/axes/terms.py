@@ -18,6 +18,7 @@ from .domain import (
     Slice,
     Tuple,
     Value,
+    join,
 )
 
 
@@ -65,9 +66,13 @@ def term_of(value: Value) -> Hashable:
 
 def same_terms(one: Value, two: Value) -> bool:
     if isinstance(one, Array) and isinstance(two, Array):
-        return one.term is not None and one.term == two.term
+        # Sizes of features may be known under two names: those of tokens may not.
+        alike = isinstance(join(one, two), Array)
+        return alike and one.term is not None and one.term == two.term
     if isinstance(one, Tuple) and isinstance(two, Tuple):
-        return all(same_terms(a, b) for a, b in zip(one.items, two.items, strict=True))
+        return len(one.items) == len(two.items) and all(
+            same_terms(a, b) for a, b in zip(one.items, two.items, strict=True)
+        )
     return isinstance(one, (Known, Opaque)) and one == two
 
 

@@ -6,10 +6,21 @@ are what they will be when the file runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from ..axes import REWRITTEN, Failure, Interpreter, Text, World, text_of
+from ..axes import (
+    EMBEDS,
+    POSITIONS,
+    POSITIONS_LAST,
+    REWRITTEN,
+    Failure,
+    Interpreter,
+    Text,
+    Value,
+    World,
+    text_of,
+)
 from ..ir import Assumption, Diagnostic, Match, ModuleFacts, Plan, Refusal, Source
 from .emit import splice
 from .parse import ParseError, parse
@@ -47,10 +58,16 @@ class Proofs:
         self.texts[name] = self._rewritten(module, plan)
         behind = REWRITTEN if entry != "Model" else ""
         claims = {behind + c: m.kind for c, m in judgements.items() if isinstance(m, Match)}
-        interpreter = Interpreter(World(self._read, self.texts), claims)
-        failure = interpreter.prove(name, entry)
-        assumptions = tuple(Assumption(a.text, a.place) for a in interpreter.assumptions)
-        return Proof(_diagnostic(failure) if failure is not None else None, assumptions)
+        first: Failure | None = None
+        for calls, given in _calls(plan):
+            interpreter = Interpreter(World(self._read, self.texts), claims)
+            failure = interpreter.prove(name, entry, calls)
+            if failure is None:
+                found = [Assumption(a.text, a.place) for a in interpreter.assumptions]
+                return Proof(None, (*given, *found))
+            first = first or failure
+        assert first is not None
+        return Proof(_diagnostic(first), ())
 
     def _read(self, name: str) -> Text | None:
         if name.startswith(REWRITTEN):
@@ -69,6 +86,25 @@ class Proofs:
             return text_of(parse(named), source, plan.edits)
         except (ValueError, ParseError):
             return None  # verify says so, with a place
+
+
+Calls = list[dict[str, Value]]
+_LAST = Assumption("position ids are stacked behind tokens: [rows][length][3]", None)
+
+
+def _calls(plan: Plan) -> Iterator[tuple[Calls, tuple[Assumption, ...]]]:
+    """What the runtime gives the entry class beside ids and caches, one proof each way.
+
+    A language model inside a larger one gets embeddings in some steps, and explicit position ids in
+    all of them if it takes any. How those are stacked the runtime finds out when it loads a model.
+    """
+    contract = plan.contract
+    if contract is None or not contract.positions:
+        yield ([{}] if contract is None else [{}, {"inputs_embeds": EMBEDS}]), ()
+        return
+    for positions, given in ((POSITIONS, ()), (POSITIONS_LAST, (_LAST,))):
+        told: dict[str, Value] = {"position_ids": positions}
+        yield [told, {**told, "inputs_embeds": EMBEDS}], given
 
 
 def _diagnostic(failure: Failure) -> Diagnostic:
