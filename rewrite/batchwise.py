@@ -8,7 +8,7 @@ in another, or in Python. Without a proof the mixer runs once per sequence.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from .axes import Interpreter, Text, World, text_of
 from .axes.domain import NONE, ROWS, Array, Value, choice, feature
@@ -16,7 +16,7 @@ from .axes.interpret import Failure
 from .axes.recurrences import CALLED, CONVOLVE, DECORATING
 from .axes.states import NUMBER, OBJECT, STATES
 from .ir import Edit, Source
-from .match import Mixer
+from .match import Mixer, callee_name
 from .passes.emit import splice
 from .passes.parse import ParseError, parse
 
@@ -28,6 +28,7 @@ _ARRAYS = {
 _PLAIN = (NONE, NUMBER, OBJECT, STATES)
 # Positions of sequences, or something computed from the rows of an earlier layer.
 _MORE = (1, 3, 4)
+_SETTING = ("builtins.setattr", "builtins.object.__setattr__")
 
 
 def kept_apart(
@@ -47,11 +48,22 @@ def kept_apart(
     cached = {p.data[1] for p in call.params if p.op == "param" and mixer.is_cache(p)}
     plain = {name: (NONE, STATES) if name in cached else _PLAIN for name in others}
 
+    set_ = frozenset(_set_elsewhere(mixer))
+
     def proof(more: dict[str, tuple[Value, ...]]) -> Failure | None:
-        world = World(lambda name: _read(mixer, name), {mixer.source.module: text})
         given = {name: choice(values) for name, values in (plain | more).items()}
         given[first] = _ARRAYS[rank]
-        return Interpreter(world, {}).keeps_apart(mixer.source.module, mixer.cls.name, given)
+        for name in _instances(mixer):
+            world = World(lambda name: _read(mixer, name), {mixer.source.module: text})
+            interpreter = Interpreter(world, {})
+            failure = interpreter.keeps_apart(mixer.source.module, name, given)
+            read = sorted(n for _, n in interpreter.reads if n in set_ or "*" in set_)
+            if read:
+                message = f"`.{read[0]}` of an object is set by another"
+                failure = Failure("unknown-operation", message, "", None, "")
+            if failure is not None:
+                return failure
+        return None
 
     failure = proof({})
     if failure is not None:
@@ -66,6 +78,34 @@ def kept_apart(
         arrays = {name: tuple(_ARRAYS[r] for r in ranks) for name, ranks in found.items()}
         failure = proof({name: (*plain[name], *held) for name, held in arrays.items()})
     return {first: (rank,)} | found if failure is None else failure
+
+
+def _instances(mixer: Mixer) -> Iterator[str]:
+    """The class, and classes of its file that run the same `__call__` with methods of their own.
+
+    The runtime takes no others.
+    """
+    for cls in mixer.program.modules[mixer.cls.module].classes.values():
+        found = mixer.program.method(cls, "__call__")
+        if found is not None and found[0] is mixer.cls:
+            yield cls.name
+
+
+def _set_elsewhere(mixer: Mixer) -> Iterator[str]:
+    """Attributes that the file sets of other objects than a method's own."""
+    for method in mixer.program.modules[mixer.cls.module].methods():
+        if method.name == "shard":
+            continue  # parts of weights
+        own = method.params[0] if method.owner is not None and method.params else None
+        for effect in method.effects:
+            target = effect.target
+            if target is not None and target.op == "attr" and target.args[0] is not own:
+                yield target.data
+        for call in method.calls():
+            name = callee_name(mixer.program, call.value)
+            if name in _SETTING and len(call.value.args) > 2:
+                key = call.value.args[2]
+                yield key.data if key.op == "const" else "*"
 
 
 def _text(mixer: Mixer, edits: tuple[Edit, ...]) -> Text | None:

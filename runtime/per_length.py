@@ -131,7 +131,8 @@ def per_length(method: _Method | None = None, /, **ranks: int | tuple[int, ...])
 
     The compiler proved that the mixer keeps sequences apart for arguments of certain sorts: x an
     array of rank 3, or of the rank that `ranks` has for its name, and the others None, numbers,
-    views and masks, or arrays of the ranks given for their names. TypeError for any other.
+    views and masks, or arrays of the ranks given for their names; and for classes of the method's
+    own file. TypeError for any other.
     """
     if method is None:
         return functools.partial(_per_length, ranks=ranks)
@@ -150,6 +151,11 @@ def _per_length(method: _Method, ranks: dict[str, int | tuple[int, ...]]) -> _Me
         if not views:
             require_no_step(method)
             return method(*args, **kwargs)
+        if type(args[0]).__module__ != method.__module__:
+            raise TypeError(
+                f"{method.__qualname__} was proved to keep sequences apart, but not in "
+                f"{type(args[0]).__qualname__} of another file"
+            )
         for name, value in (*zip(names, args[1:], strict=False), *kwargs.items()):
             if not _is_expected(value, allowed.get(name, ()), other=name != first):
                 shown = f"an array of {value.ndim} axes" if isinstance(value, mx.array) else value

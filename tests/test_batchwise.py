@@ -57,11 +57,27 @@ ATTACKS = {
     "handed function": "x = self.apply(mx.cumsum, x)",
     "written entry": "x[0] = 0",
     "added at": "x = x.at[0].add(1)",
+    "filled with rows": "x = x + mx.full_like(mx.zeros((4,)), x[:, 0, 0])[0]",
+    "triangle by count": "x = x + mx.tril(mx.ones((4, 4)), x.shape[0])[0, 0]",
+    "attention of sequences": "q = x.swapaxes(0, 1)[None]\nx = mx.fast.scaled_dot_product_attention(q, q, q, scale=1.0)[0].swapaxes(0, 1)",
+    "lined up by accident": "x = x / x.sum(-1)",
+    "slice as an object": "x = x - x[slice(0, 1)]",
+    "sequences in order": "x = x[mx.argsort(x[:, 0, 0])]",
+    "turned result": "return x.swapaxes(0, 1)",
+    "turned state": "cache[0] = x.swapaxes(0, 1)",
+    "state picked": "x = x + (cache[0][0] if cache[0] is not None else 0)",
+    "kept on the mixer": "self.seen = x\nx = x + self.seen[:, -1:]",
+    "kept in a list": "SEEN.append(x)\nx = x + SEEN[0][:, -1:]",
+    "kernel nobody read": "x = KERNEL(inputs=[x], grid=(1, x.shape[0], 1), threadgroup=(1, 1, 1), output_shapes=[x.shape], output_dtypes=[x.dtype])[0]",
+    "set by another": "x = self.act(x)",
+    "decorated": "x = twice(x)",
     "function kept": "x = self.f(x, axis=0)",
 }
-HELPERS = "def stir(t):\n    return t + t[:1]\n\n\ndef lend(inputs):\n    return inputs[0][:1]\n\n\nCOMPILED = mx.compile(stir)\n\n\n"
+HELPERS = "SEEN = []\nKERNEL = mx.fast.metal_kernel(name='k', input_names=['x'], output_names=['y'], source='y[0] = x[0];')\n\n\ndef COMPILED_TWICE(f):\n    return lambda t: f(t) - t.mean(axis=0)\n\n\n@COMPILED_TWICE\ndef twice(t):\n    return t\n\n\ndef stir(t):\n    return t + t[:1]\n\n\ndef lend(inputs):\n    return inputs[0][:1]\n\n\nCOMPILED = mx.compile(stir)\n\n\n"
 METHOD = "    def apply(self, f, t):\n        return f(t, axis=0)\n\n"
-MADE = "        self.bn = nn.BatchNorm(args.hidden_size)\n        self.f = mx.cumsum\n"
+MADE = "        self.act = nn.silu\n        self.bn = nn.BatchNorm(args.hidden_size)\n        self.f = mx.cumsum\n"
+
+SET = "            self.conv.act = lambda t: t - t.mean(axis=0)"
 
 HARMLESS = {
     "counts ordered": "x = x if x.shape[0] <= (2 * x).shape[0] else 2 * x",
@@ -83,6 +99,8 @@ def edited(body: str) -> str:
     text = TEXT.replace(HEAD, f"{HELPERS}{HEAD}").replace(ANCHOR, f"{lines}{ANCHOR}")
     text = text.replace(INIT, f"{INIT}{MADE}")
     start = text.index("    def __call__", text.index(HEAD))
+    if "self.act" in body:  # by the layer that has the mixer
+        text = text.replace("self.conv = ShortConv(args)", f"self.conv = ShortConv(args)\n{SET}")
     return text[:start] + (METHOD if "self.apply" in body else "") + text[start:]
 
 
@@ -113,3 +131,34 @@ def test_a_method_of_a_base_is_looked_at():
     text = edited("x = self.stir(x)").replace(HEAD, f"{base}class ShortConv(Base):\n")
     assert not runs_at_once(text)
     assert runs_at_once(text.replace("t + t[:1]", "t + t[:, :1]"))
+
+
+def test_a_class_that_changes_a_method_is_looked_at():
+    """It runs the same `__call__`."""
+    text = edited("x = self.help(x)")
+    start = text.index("    def __call__", text.index(HEAD))
+    text = f"{text[:start]}    def help(self, t):\n        return t\n\n{text[start:]}"
+    assert runs_at_once(text)
+    after = text.index("\nclass ", text.index(HEAD) + 10)
+    for axis in (0, 1):
+        mine = f"class Mine(ShortConv):\n    def help(self, t):\n        return t.mean(axis={axis})[:, None]\n\n"
+        changed = text[:after] + mine + text[after:].replace("ShortConv(", "Mine(")
+        assert runs_at_once(changed) == (axis == 1)
+
+
+@pytest.mark.parametrize(
+    ("body", "ranks"),
+    [
+        ("pass", "@per_length(mask=(1, 3, 4))"),
+        ("x = x if mask is None else mx.where(mask[..., None], x, 0)", "@per_length"),
+        ("x = x if mask is None else x + mask[:, None, None]", "@per_length(mask=1)"),
+        ("x = x if mask is None else x + mask[:, :1, :1]", "@per_length(mask=3)"),
+        ("x = x if mask is None else x + mask[:, :, 0, :]", "@per_length(mask=4)"),
+    ],
+)
+def test_the_decorator_names_what_is_proved(body, ranks):
+    """Arrays beside x are taken where the proof holds for them, and by their rank."""
+    found = judge(edited(f"{body}\nmask = None"), "ShortConv")
+    assert isinstance(found, Match)
+    (decorator,) = [e.after for e in found.edits if b"@per_length" in e.after]
+    assert decorator.decode().strip() == ranks

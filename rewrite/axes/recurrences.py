@@ -9,6 +9,7 @@ from .domain import (
     ROWS,
     Array,
     Axis,
+    Dead,
     Refused,
     Tuple,
     Value,
@@ -22,24 +23,30 @@ from .shapes import describe
 Op = Callable[..., Value]
 
 
-def _apart(name: str, *values: Value) -> None:
-    """Every array has its sequences in front, or nothing of them."""
-    for value in values:
-        if value != NONE and is_live(value):
-            x = array(value)
-            if not leads(x):
-                raise Refused("row-mixing", f"`{name}` of {describe(x)}", "[rows][...]")
-
-
-def _axes(name: str, value: Value, rank: int) -> tuple[Axis, ...]:
+def _given(name: str, value: Value, *ranks: int) -> tuple[Axis, ...]:
+    """The axes of an array with sequences in front."""
     x = array(value)
-    if x.axes is None or x.open or len(x.axes) != rank or not leads(x):
+    if x.axes is None or x.open or len(x.axes) not in ranks or not leads(x):
         raise Refused("row-mixing", f"`{name}` of {describe(x)}", "[rows][...]")
     return x.axes
 
 
-def _state(rank: int) -> Array:
+def _shared(name: str, *values: Value) -> None:
+    """What all sequences have in common: weights, numbers."""
+    if any(map(is_live, values)):
+        raise Refused("row-mixing", f"`{name}` with weights or options of single sequences")
+
+
+def _state(name: str, value: Value, rank: int) -> Array:
+    """The state after a call, whatever there was before."""
+    if value != NONE:
+        _given(name, value, rank)
     return Array(((ROWS,), *(feature(("state", i)) for i in range(1, rank))))
+
+
+def _unpadded(*values: Value) -> None:
+    if any(value != NONE for value in values):
+        raise Dead  # the op raises: nothing is padded
 
 
 def _delta_rule(
@@ -53,15 +60,13 @@ def _delta_rule(
     dt_bias: Value,
     state: Value = NONE,
     mask: Value = NONE,
-    *,
-    use_kernel: Value = NONE,
-    lower_bound: Value = NONE,
-    allow_neg_eigval: Value = NONE,
+    **options: Value,
 ) -> Value:
-    _apart("delta_rule", q, k, v, a, b, A_log, dt_bias, state, mask)
-    _apart("delta_rule", use_kernel, lower_bound, allow_neg_eigval)
-    _axes("delta_rule", q, 4)
-    return Tuple((Array(_axes("delta_rule", v, 4)), _state(4)))
+    name = "delta_rule"
+    _unpadded(mask)
+    _shared(name, A_log, dt_bias, *options.values())
+    _given(name, q, 4), _given(name, k, 4), _given(name, a, 3, 4), _given(name, b, 3)
+    return Tuple((Array(_given(name, v, 4)), _state(name, state, 4)))
 
 
 def _state_space_dual(
@@ -78,8 +83,11 @@ def _state_space_dual(
     mask: Value = NONE,
     lengths: Value = NONE,
 ) -> Value:
-    _apart("state_space_dual", hidden_states, A_log, B, C, D, dt, dt_bias, state, mask, lengths)
-    return Tuple((Array(_axes("state_space_dual", hidden_states, 4)), _state(4)))
+    name = "state_space_dual"
+    _unpadded(mask, lengths)
+    _shared(name, A_log, D, dt_bias, time_step_limit)
+    _given(name, B, 4), _given(name, C, 4), _given(name, dt, 3)
+    return Tuple((Array(_given(name, hidden_states, 4)), _state(name, state, 4)))
 
 
 def _selective_scan(
@@ -92,27 +100,34 @@ def _selective_scan(
     D: Value,
     state: Value = NONE,
 ) -> Value:
-    _apart("selective_scan", x, delta, A, B, C, D, state)
-    return Tuple((Array(_axes("selective_scan", x, 3)), _state(3)))
+    name = "selective_scan"
+    _shared(name, A, D)
+    _given(name, delta, 3), _given(name, B, 3), _given(name, C, 3)
+    return Tuple((Array(_given(name, x, 3)), _state(name, state, 3)))
 
 
 def _diagonal(c: Context, x: Value, a: Value, h: Value) -> Value:
-    _apart("diagonal_scan", x, a, h)
-    return Tuple((Array(_axes("diagonal_scan", x, 3)), _state(2)))
+    name = "diagonal_scan"
+    _given(name, a, 3)
+    return Tuple((Array(_given(name, x, 3)), _state(name, h, 2)))
 
 
 def _lightning(c: Context, q: Value, k: Value, v: Value, g: Value, scale: Value, h: Value) -> Value:
-    _apart("lightning_scan", q, k, v, g, scale, h)
-    axes = _axes("lightning_scan", q, 4)
-    return Tuple((Array((*axes[:3], _axes("lightning_scan", v, 4)[3])), _state(4)))
+    name = "lightning_scan"
+    _shared(name, g, scale)
+    _given(name, k, 4)
+    axes, width = _given(name, q, 4), _given(name, v, 4)[3]
+    return Tuple((Array((*axes[:3], width)), _state(name, h, 4)))
 
 
 def _low_rank(
     c: Context, r: Value, w: Value, k: Value, v: Value, a: Value, b: Value, h: Value
 ) -> Value:
-    _apart("low_rank_scan", r, w, k, v, a, b, h)
-    axes = _axes("low_rank_scan", r, 4)
-    return Tuple((Array((*axes[:3], _axes("low_rank_scan", v, 4)[3], ())), _state(4)))
+    name = "low_rank_scan"
+    for value in (w, k, a, b):
+        _given(name, value, 4)
+    axes, width = _given(name, r, 4), _given(name, v, 4)[3]
+    return Tuple((Array((*axes[:3], width, ())), _state(name, h, 4)))
 
 
 CONVOLVE = "convolve"  # a module's own forward, in another form

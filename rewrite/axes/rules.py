@@ -8,6 +8,8 @@ which rows of the outputs change.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -86,11 +88,31 @@ RULES: dict[str, Rule] = {}
 
 def rule(reason: str, *names: str) -> Callable[[Callable[..., Value]], Callable[..., Value]]:
     def add(function: Callable[..., Value]) -> Callable[..., Value]:
+        watched = _watched(function)
         for name in names or (function.__name__.rstrip("_"),):
-            RULES[name] = Rule(name, function, reason)
+            RULES[name] = Rule(name, watched, reason)
         return function
 
     return add
+
+
+def _watched(function: Callable[..., Value]) -> Callable[..., Value]:
+    """The rule, which does not look at its `rest` and `more`: nothing of tokens may be in them."""
+    parameters = inspect.signature(function).parameters.values()
+    named = {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    ignored = {p.kind for p in parameters if p.name in ("rest", "more")}
+    positional = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters) - 1
+    if inspect.Parameter.VAR_POSITIONAL not in ignored:
+        positional = 1 << 16
+
+    @functools.wraps(function)
+    def apply(c: Context, *args: Value, **more: Value) -> Value:
+        others = (v for k, v in more.items() if k not in named and k not in ("shape", "axes"))
+        if any(map(is_live, (*args[positional:], *others))):
+            raise Refused("unknown-operation", "an option made from tokens")
+        return function(c, *args, **more)
+
+    return apply
 
 
 def array(value: Value) -> Array:
@@ -489,10 +511,18 @@ def full(c: Context, shape: Value, vals: Value, *rest: Value, **more: Value) -> 
     return PARAMETER if axes is None else broadcast([array(vals), Array(axes)])
 
 
-@rule("a constant array of another's shape", "zeros_like", "ones_like", "full_like")
+@rule("a constant array of another's shape", "zeros_like", "ones_like")
 def like(c: Context, a: Value, *rest: Value, **more: Value) -> Value:
     x = array(a)
     return Array(x.axes, x.open)
+
+
+@rule("an array of another's shape and one repeated value")
+def full_like(c: Context, a: Value, vals: Value, *rest: Value, **more: Value) -> Value:
+    x = array(a)
+    if not x.live and is_live(vals):
+        raise Refused("row-mixing", "an array that has no tokens is filled with what tokens hold")
+    return broadcast([Array(x.axes, x.open), array(vals)])
 
 
 @rule("counts up: along tokens, that is a position in the chunk", "arange", "linspace")
@@ -537,8 +567,12 @@ def array_(c: Context, value: Value, *rest: Value, **more: Value) -> Value:
     return array(value) if isinstance(value, (Tuple, Items)) else PARAMETER
 
 
-@rule("the same axes with another type, place or gradient", "astype", "stop_gradient", "contiguous",
-      "depends")  # fmt: skip
+@rule("nothing but the order of computing changes")
+def depends(c: Context, a: Value, dependencies: Value = NONE, **rest: Value) -> Value:
+    return array(a)
+
+
+@rule("the same axes with another type, place or gradient", "astype", "stop_gradient", "contiguous")
 def same_axes(c: Context, a: Value, *rest: Value, **more: Value) -> Value:
     return array(a)
 
@@ -847,6 +881,7 @@ def gather_mm(
     *rest: Value,
     lhs_indices: Value = NONE,
     rhs_indices: Value = NONE,
+    sorted_indices: Value = NO,  # a hint, which changes no value
     **more: Value,
 ) -> Value:
     x = array(a)
@@ -992,7 +1027,9 @@ def turned(c: Context, x: Array, offset: Value) -> Array:
 
 @rule("every query sees every key along the last axis but one",
       "fast.scaled_dot_product_attention")  # fmt: skip
-def attention(c: Context, q: Value, k: Value, v: Value, *rest: Value, **more: Value) -> Value:
+def attention(
+    c: Context, q: Value, k: Value, v: Value, *, mask: Value = NONE, **more: Value
+) -> Value:
     for part in (k, v):
         x = array(part)
         if x.axes is None or x.open:
@@ -1004,7 +1041,10 @@ def attention(c: Context, q: Value, k: Value, v: Value, *rest: Value, **more: Va
     assert merged.axes is not None
     queries = array(q)
     assert queries.axes is not None
-    return Array((*merged.axes[:-2], queries.axes[-2], feature()))
+    scores = Array((*merged.axes[:-2], queries.axes[-2], keys.axes[-2]))
+    if is_live(mask) and broadcast([scores, array(mask)]).axes != scores.axes:
+        raise Refused("row-mixing", f"a mask of {describe(array(mask))}")
+    return Array((*scores.axes[:-1], feature()))  # type: ignore[index]
 
 
 # --------------------------------------------------------------------------- several machines
@@ -1030,5 +1070,5 @@ def recv(c: Context, shape: Value, *rest: Value, **more: Value) -> Value:
 
 
 @rule("nothing comes back", "eval", "async_eval", "synchronize", "clear_cache")
-def nothing(c: Context, *rest: Value, **more: Value) -> Value:
+def nothing(c: Context, *values: Value, **others: Value) -> Value:
     return CONSTANT

@@ -47,7 +47,7 @@ class Mix(nn.Module):
         B, L, _ = x.shape
         h, b, c, dt = mx.split(self.proj(x).reshape(B, L, 4, -1), 4, axis=-1)
         state = cache[0] if cache is not None else None
-        y, state = ssm_update(h, self.A_log, b, c, self.D, dt, self.dt_bias, state)
+        y, state = ssm_update(h, self.A_log, b, c, self.D, dt[..., 0], self.dt_bias, state)
         if cache is not None:
             cache[0] = state
         return y.reshape(B, L, -1)
