@@ -40,10 +40,10 @@ def kept_apart(
     """
     call = mixer.cls.methods["__call__"]
     if len(call.params) < 2 or any(p.kind.startswith("*") for p in call.function.parameters):
-        return Failure("unknown-operation", "arguments of any number", "", None, "")
+        return _unknown("arguments of any number")
     text = _text(mixer, tuple(edits))
     if text is None:
-        return Failure("unknown-operation", "edits that do not fit together", "", None, "")
+        return _unknown("edits that do not fit together")
     _, first, *others = (p.name for p in call.function.parameters)
     cached = {p.data[1] for p in call.params if p.op == "param" and mixer.is_cache(p)}
     plain = {name: (NONE, STATES) if name in cached else _PLAIN for name in others}
@@ -59,8 +59,7 @@ def kept_apart(
             failure = interpreter.keeps_apart(mixer.source.module, name, given)
             read = sorted(n for _, n in interpreter.reads if n in set_ or "*" in set_)
             if read:
-                message = f"`.{read[0]}` of an object is set by another"
-                failure = Failure("unknown-operation", message, "", None, "")
+                failure = _unknown(f"`.{read[0]}` of an object is set by another")
             if failure is not None:
                 return failure
         return None
@@ -74,10 +73,14 @@ def kept_apart(
         if name not in cached
     }
     found = {name: ranks for name, ranks in found.items() if ranks}
-    if len(found) > 1:
-        arrays = {name: tuple(_ARRAYS[r] for r in ranks) for name, ranks in found.items()}
-        failure = proof({name: (*plain[name], *held) for name, held in arrays.items()})
-    return {first: (rank,)} | found if failure is None else failure
+    # Calls of every sort, in any order: what one leaves in the cache the next finds.
+    every = {name: (*plain[name], *(_ARRAYS[r] for r in found[name])) for name in found}
+    together = found if found and proof(every) is None else {}
+    return {first: (rank,)} | together
+
+
+def _unknown(message: str) -> Failure:
+    return Failure("unknown-operation", message, "", None, "")
 
 
 def _instances(mixer: Mixer) -> Iterator[str]:

@@ -113,7 +113,9 @@ def per_length(
         more = Ops()
     ranks = kept_apart(mixer, (*replaced.edits, *more.edits), rank)
     if isinstance(ranks, Failure):
-        return per_sequence(mixer, kind, evidence, features)
+        where = ranks.place or mixer.place(method.function.name_span)
+        why = Evidence(f"not proved to keep sequences apart: {ranks.message}", where)
+        return per_sequence(mixer, kind, (*evidence, why), features)
     text = f"{kind} runs once for all sequences with equally many rows, over their states"
     own = (
         site_comment(mixer.source, method.function.span, text, kind),

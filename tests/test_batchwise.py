@@ -162,3 +162,27 @@ def test_the_decorator_names_what_is_proved(body, ranks):
     assert isinstance(found, Match)
     (decorator,) = [e.after for e in found.edits if b"@per_length" in e.after]
     assert decorator.decode().strip() == ranks
+
+
+def test_a_mixer_that_runs_alone_says_why():
+    found = judge(edited("x = mx.cumsum(x, axis=0)"), "ShortConv")
+    assert isinstance(found, Match)
+    (why,) = [item for item in found.evidence if item.role.startswith("not proved")]
+    assert why.role.endswith("a scan across the rows axis")
+    assert why.place.text.strip() == "x = mx.cumsum(x, axis=0)"
+
+
+def test_states_of_calls_of_every_sort_meet():
+    """An array may be given to one call and not to the next: each alone would be right."""
+    body = (
+        "past = cache[1]\nif mask is None:\n    cache[1] = x[:, 0]\nelse:\n    size = mask.shape\n"
+        "    x = x if past is None else x + past\n    cache[1] = x[:, -1:]"
+    )
+    for kept, ranks in (
+        (body, b"@per_length\n"),
+        (body.replace("x[:, 0]", "x[:, :1]"), b"mask=(1"),
+    ):
+        found = judge(edited(f"{kept}\nmask = None"), "ShortConv")
+        assert isinstance(found, Match)
+        (decorator,) = [e.after for e in found.edits if b"@per_length" in e.after]
+        assert ranks in decorator
