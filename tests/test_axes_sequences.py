@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from hashlib import sha256
+from importlib.util import find_spec
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -22,10 +26,12 @@ from mlxrewrite.axes.domain import (
     leads,
 )
 from mlxrewrite.axes.interpret import Interpreter
+from mlxrewrite.axes.layers import SEQUENCE_KERNELS
 from mlxrewrite.axes.recurrences import CALLED, DECORATING
 from mlxrewrite.axes.rules import RULES
 from mlxrewrite.axes.states import _ABSENT, _METHODS, STATES
 from mlxrewrite.axes.world import World
+from mlxrewrite.kernels.dialects.cpu import metal_kernel
 from mlxrewrite.runtime import recurrences
 from mlxrewrite.runtime.masks import MaskSpec
 from mlxrewrite.runtime.per_length import BatchedState, per_length
@@ -266,3 +272,62 @@ def test_what_was_proved_runs():
     x = mx.zeros((2, 1, 4))
     for more in ({}, {"positions": mx.array([3, 5])}, {"other": 3}, {"other": MaskSpec()}):
         assert Mixer()(x, view((1, 1), StateTable(1)), **more).shape == x.shape
+
+
+# --------------------------------------------------------------------------- kernels of files
+
+
+def test_a_kernel_that_was_read_keeps_sequences_apart():
+    """The text that the table knows by its hash, on the CPU runner: a step of a convolution."""
+    spec = find_spec("mlx_vlm")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("mlx_vlm is not installed")
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    module = ast.parse((folder / "models/kimi_k3/language.py").read_text())
+    (source,) = [
+        text.value
+        for node in module.body
+        if isinstance(node, ast.Assign) and isinstance(text := node.value, ast.Constant)
+        if isinstance(text.value, str)
+        if sha256(text.value.encode()).hexdigest()[:16] in SEQUENCE_KERNELS
+    ]
+    _, place = SEQUENCE_KERNELS[sha256(source.encode()).hexdigest()[:16]]
+    kernel = metal_kernel(
+        name="step",
+        input_names=["x", "state", "w"],
+        output_names=["y", "new_state"],
+        source=source,
+    )
+    taps, width, random = 4, 8, np.random.default_rng(5)
+    x, state, w = (
+        mx.array(random.normal(size=shape).astype(np.float32))
+        for shape in ((N, 1, width), (N, taps - 1, width), (width, taps, 1))
+    )
+
+    def run(x: mx.array, state: mx.array, count: int = N) -> list[np.ndarray]:
+        grid = [width, 1, 1]
+        grid[place] = count
+        found = kernel(
+            inputs=[x, state, w],
+            template=[("T", mx.float32), ("C", width), ("KS", taps)],
+            grid=tuple(grid),
+            threadgroup=(width, 1, 1),
+            output_shapes=[x.shape, state.shape],
+            output_dtypes=[mx.float32, mx.float32],
+        )
+        return [np.array(one) for one in found]
+
+    before = run(x, state)
+    window = np.concatenate([np.array(state), np.array(x)], axis=1)
+    sums = (window * np.array(w)[:, :, 0].T).sum(axis=1, keepdims=True)
+    assert np.allclose(before[0], sums / (1 + np.exp(-sums)), atol=1e-6)
+    assert np.array_equal(before[1], window[:, 1:])
+    for changed in (0, 1):
+        given = [np.array(x), np.array(state)]
+        given[changed][1] += 1
+        after = run(*map(mx.array, given))
+        for a, b in zip(after, before, strict=True):
+            assert np.array_equal(a[[0, 2]], b[[0, 2]])
+        assert not np.array_equal(after[0][1], before[0][1])
+    # Why a launch must have a place for each sequence.
+    assert np.isnan(run(x, state, count=1)[0][1:]).all()
