@@ -73,6 +73,114 @@ ATTACKS = {
     "decorated": "x = twice(x)",
     "function kept": "x = self.f(x, axis=0)",
 }
+# More of them, by what they do; `\n` begins a new line.
+MORE_ATTACKS = r"""
+import functools\nx = functools.partial(mx.mean, axis=0, keepdims=True)(x) + x
+x = getattr(mx, "mean")(x, axis=0, keepdims=True) + x
+a, *b = x\nx = x + a
+for i, row in enumerate(x):\n    x = x + row
+x = x[None].mean(1) + x
+x = x + x.T.mean(-1).T
+x = x.transpose().transpose(2, 1, 0)[::-1]
+x = mx.einsum('bld->ld', x)[None] + x
+x = mx.repeat(x, 2, axis=0)[: x.shape[0]]
+x = mx.broadcast_arrays(x, x[:1])[1] + x
+x = x + (x @ x.transpose(1, 2, 0)).mean()
+x = x + sum(r.mean() for r in x)
+x = x + list(map(lambda t: t, x))[0]
+x = x + {0: x}[0][0]
+x = (lambda t: t[::-1])(x)
+x = mx.concatenate([x[1:], x[:1]], axis=0)
+x = mx.concatenate([x[1:], x[:1]])
+x = mx.stack([x, x]).reshape(x.shape[0], 2, *x.shape[1:])[:, 0]
+x = mx.tile(x, (2, 1, 1))[: x.shape[0]]
+x = x.reshape(-1, x.shape[1] * 2, x.shape[2])[:, : x.shape[1]]
+x = x.reshape(x.shape[1], x.shape[0], x.shape[2]).swapaxes(0, 1)
+x = x.swapaxes(0, 1).reshape(x.shape)
+x = mx.fast.layer_norm(x.swapaxes(0, 2), None, None, 1e-5).swapaxes(0, 2)
+x = mx.softmax(x, axis=(0,))
+x = mx.softmax(x.astype(mx.float32), axis=-3).astype(x.dtype)
+x = x + mx.where(x[:, :1, :1] > 0, x, 0).max(axis=0)
+x = x * (1 if x.ndim == 3 and x.shape[0] > 1 else 2)
+x = x[: max(1, x.shape[0] - 1)] + x
+x = mx.pad(x, ((0, 1), (0, 0), (0, 0)))[1:]
+x = mx.take(x, mx.array([0]), axis=0) + x
+x = mx.take_along_axis(x, mx.zeros((1, 1, 1), mx.int32), axis=0) + x
+n = x.shape\nx = x + mx.ones(n[::-1]).sum()
+x = x + mx.arange(x.size).reshape(x.shape)
+x = x / x.shape[0] * x.shape[0]
+x = x if len(x.shape) == 3 and x.shape[0] % 2 else 2 * x
+x = mx.fast.rms_norm(x, x[0, 0], 1e-5)
+x = mx.roll(x, 1)
+x = mx.sort(x, axis=None).reshape(x.shape)
+x = mx.cumsum(x).reshape(x.shape)
+x = x.at[mx.array([0])].add(x[:1])
+x = mx.conv_general(x.swapaxes(0, 1), mx.ones((x.shape[2], 1, x.shape[2]))).swapaxes(0, 1)
+x = x - mx.linalg.norm(x)
+x = x - mx.mean(x)
+x = x - mx.logsumexp(x)
+x = mx.divmod(x, x.mean(0))[1]
+q, r = mx.split(x, [1])\nx = x + q
+x = mx.vmap(lambda a: a - a.mean(0))(x.swapaxes(0, 1)).swapaxes(0, 1)
+x = mx.checkpoint(lambda t: t[:1] + t)(x)
+x = mx.compile(lambda t: t.mean(0, keepdims=True) + t)(x)
+x = x + mx.outer(x[:, 0, 0], x[0, 0]).mean()
+y = x\ny[:] = x[::-1]\nx = y
+s = x[:, 0]\nx = x + mx.broadcast_to(s, x.shape)
+s = x[:, 0]\nx = x + mx.expand_dims(s, 0)
+x = mx.addmm(x, mx.ones((x.shape[0], x.shape[0])), x)
+t = x.shape[0]\nfor _ in range(3):\n    t = t + 1\nx = x / t
+try:\n    x = x[1:2] + x\nexcept ValueError:\n    pass
+x = mx.fast.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None], scale=1.0, mask=mx.zeros(x.shape)[:, :, :1] + x[:, :, 0])[:, 0]
+x = mx.fast.rope(x, 4, traditional=False, base=1e4, scale=1.0, offset=0, freqs=x[:, 0, 0])
+x = mx.quantized_matmul(x, self.in_proj.weight, x[:, 0], transpose=True)
+x = mx.clip(x, x.min(), x.max())
+x = x + mx.argmax(x)
+if mx.any(x > 9):\n    x = 2 * x
+x = x * float(x.mean())
+x = nn.Softmax()(x.T).T
+x = mx.nan_to_num(x, nan=x.mean())
+x = mx.inner(x, x)[..., 0, :]
+x = mx.kron(x, mx.ones((1, 1, 1)))
+x = mx.trace(x, 0, 0, 1) + x
+x = mx.diagonal(x, 0, 0, 1).mean() + x
+x = x + mx.meshgrid(x[:, 0, 0])[0][0]
+x = mx.unflatten(x, 0, (1, -1)).mean(1) + x
+x = x.squeeze()[:, None] if x.shape[1] == 1 else x
+x = x.squeeze(0)[None] if x.shape[0] == 1 else x
+x = mx.topk(x, 1, axis=0) + x
+x = mx.put_along_axis(x, mx.zeros((1, 1, 1), mx.int32), x[:1], axis=0)
+x = mx.hadamard_transform(x.T).T
+x = mx.view(x.T, mx.int32).T.astype(x.dtype)
+x = mx.einsum('bld,bmd->lmb', x, x).mean(-1)[None] + x
+x = mx.einsum('ij...->...', x) + x
+x = mx.einsum('bld,bld', x, x) + x
+x = mx.tensordot(x, x, 1).mean() + x
+x = mx.random.normal(x.shape) + x
+cache[0] = x[:, -1:]; x = x + cache[0][0]
+cache[0] = mx.zeros((1, 1, 4))
+cache["k"] = x
+cache.state = x
+x = x + cache.state[0]
+x = x + len(cache.cache)
+""".strip().split("\n")
+# The same for what runs at once.
+MORE_HARMLESS = r"""
+x = mx.einsum('bld,bmd->blm', x, x) @ x
+x = mx.sort(x, axis=1)
+x = x[:, ::-1]
+x = x - x.mean(axis=(1, 2), keepdims=True)
+x = mx.stack([x, x], axis=1).mean(1)
+x = x + mx.cumsum(x, axis=1)
+for t in range(x.shape[1]):\n    x = x + x[:, t : t + 1]
+x = mx.fast.rope(x[:, None], 4, traditional=False, base=1e4, scale=1.0, offset=0)[:, 0]
+q = x[:, None]\nx = mx.fast.scaled_dot_product_attention(q, q, q, scale=1.0)[:, 0]
+x = x if x.shape[1] > 4 else 2 * x
+x = x.transpose(1, 0, 2).transpose(1, 0, 2)
+x = mx.full_like(x, 2) + x
+x = mx.concatenate([mx.zeros((x.shape[0], 1, x.shape[2])), x], axis=1)[:, :-1]
+x = x + mx.zeros(x.shape[::-1]).transpose()
+""".strip().split("\n")
 HELPERS = "SEEN = []\nKERNEL = mx.fast.metal_kernel(name='k', input_names=['x'], output_names=['y'], source='y[0] = x[0];')\n\n\ndef COMPILED_TWICE(f):\n    return lambda t: f(t) - t.mean(axis=0)\n\n\n@COMPILED_TWICE\ndef twice(t):\n    return t\n\n\ndef stir(t):\n    return t + t[:1]\n\n\ndef lend(inputs):\n    return inputs[0][:1]\n\n\nCOMPILED = mx.compile(stir)\n\n\n"
 METHOD = "    def apply(self, f, t):\n        return f(t, axis=0)\n\n"
 MADE = "        self.act = nn.silu\n        self.bn = nn.BatchNorm(args.hidden_size)\n        self.f = mx.cumsum\n"
@@ -123,6 +231,16 @@ def test_what_may_join_sequences_runs_alone(name):
 @pytest.mark.parametrize("name", HARMLESS)
 def test_what_keeps_them_apart_runs_at_once(name):
     assert runs_at_once(edited(HARMLESS[name]))
+
+
+@pytest.mark.parametrize("body", MORE_ATTACKS)
+def test_more_of_what_may_join_sequences(body):
+    assert not runs_at_once(edited(body.replace("\\n", "\n")))
+
+
+@pytest.mark.parametrize("body", MORE_HARMLESS)
+def test_more_of_what_keeps_them_apart(body):
+    assert runs_at_once(edited(body.replace("\\n", "\n")))
 
 
 def test_a_method_of_a_base_is_looked_at():
