@@ -128,7 +128,7 @@ class Calls(LibraryCalls):
         meaning = MEANINGS[name]
         if key != meaning.digest:
             return None
-        self.assume(f"`{last or first}`, read and not run: {meaning.reason}")
+        self.assume(f"`{last or first}`, read, and run on the CPU alone: {meaning.reason}")
         read = meaning_text(name)
         self.world.known[read.module.source.module] = read
         (function,) = read.names["meaning"]
@@ -233,7 +233,7 @@ class Calls(LibraryCalls):
                     results.append(self.run(routine, dict(given)))
                 except Fork as inner:  # another such branch behind this one
                     results.append(self.both_ways(routine, given, inner.test))
-                except Dead:  # it raises: nothing is computed this way, and nobody is misled
+                except Dead:
                     pass
                 del self.frames[before:]
                 self.depth, self.forward = depth, forward
@@ -242,8 +242,10 @@ class Calls(LibraryCalls):
             self.unmemoised -= 1
         if not results:
             raise Dead
+        if len(results) == 1:  # the other way raises
+            self.refuse_test(test)
         one, two = results[0], results[-1]
-        if len(results) > 1 and not same_terms(one, two):
+        if not same_terms(one, two):
             self.refuse_test(test)
         self.operations.add("permutation")
         return join(one, two)

@@ -1,9 +1,9 @@
 """Functions that are not followed but known by their text: what they compute, in other words.
 
-Fused kernels of a library compute what mlx's own operations do. Their text was read, not run, and
-is known by its hash together with that of everything of its module that it names: any other text
-is not known. In its place the proof follows the meaning written here, with the assumption that
-both say the same.
+Fused kernels of a library compute what mlx's own operations do. Their text was read, and run on the
+CPU runner; it is known by its hash together with that of everything of its module that it names:
+any other text is not known. In its place the proof follows the meaning written here, with the
+assumption that both say the same.
 """
 
 from __future__ import annotations

@@ -260,7 +260,7 @@ class Statements(Loops, Subscripts, Operators):
         self.frame.where = statement.test.span
         if isinstance(test, CountTest) and self.known_of_count(test) is None:
             rows = all(f == ROWS for f in test.factors) or test.key is None
-            if rows and self.only_names(statement):
+            if rows and test.paged is None and self.only_names(statement):
                 self.name_by_count(statement, test)
                 return False
         known = self.truth(test)
