@@ -112,6 +112,65 @@ def _offset_scale(file: File) -> Iterator[Change]:
             yield file.change(file.before(loop.body[0], lines), where=loop)
 
 
+def _rounds(name: str, says: str, text: str, *, end: bool = False, same: bool = False) -> None:
+    """A loop over layers and their caches: a text of {layer}, {cache}, {h} and {layers} begins or
+    ends every round."""
+
+    @operator(name, says, same=same)
+    def apply(file: File) -> Iterator[Change]:
+        for function in file.forwards:
+            for loop in (n for n in ast.walk(function) if isinstance(n, ast.For)):
+                words = _words_of(file, loop)
+                if words is not None:
+                    lines = text.format(**words)
+                    at = file.after(loop.body[-1], lines)
+                    yield file.change(at if end else file.before(loop.body[0], lines), where=loop)
+
+
+def _words_of(file: File, loop: ast.For) -> dict[str, str] | None:
+    zipped = next(
+        (n for n in ast.walk(loop.iter) if isinstance(n, ast.Call) and called(n) == "zip"), None
+    )
+    pair = next(
+        (n for n in ast.walk(loop.target) if isinstance(n, ast.Tuple) and len(n.elts) > 1), None
+    )
+    stored = [
+        target.id
+        for n in ast.walk(loop)
+        if isinstance(n, ast.Assign)
+        for target in n.targets
+        if isinstance(target, ast.Name) and isinstance(n.value, ast.Call)
+    ]
+    if zipped is None or pair is None or not stored or len(zipped.args) != len(pair.elts):
+        return None
+    parts = list(zip(zipped.args, pair.elts, strict=True))
+    caches = [file.code(name) for given, name in parts if "cache" in file.code(given)]
+    if len(caches) != 1 or "cache" in file.code(zipped.args[0]):
+        return None
+    layers, layer = map(file.code, parts[0])
+    return {"layer": layer, "layers": layers, "cache": caches[0], "h": stored[-1]}
+
+
+_FIRST, _LAST = "if {layer} is {layers}[0]:\n    ", "if {layer} is {layers}[-1]:\n    "
+_WAVE = "mx.cos(mx.arange({h}.shape[1]) + mx.array({cache}.offset)[..., None])[..., None]"
+_rounds("layers-first-left-out", "the first layer is left out", _FIRST + "continue")
+_rounds("layers-last-left-out", "the last layer is left out", _LAST + "break")
+_rounds("layers-first-uncached", "the first layer gets no cache", _FIRST + "{cache} = None")
+_rounds("layers-last-uncached", "the last layer gets no cache", _LAST + "{cache} = None")
+_rounds(
+    "layers-wave",
+    "hidden states are scaled by their positions, before each layer",
+    "{h} = {h} * " + _WAVE,
+    same=True,
+)
+_rounds(
+    "layers-wave-behind",
+    "hidden states are scaled by what a layer's cache says behind it",
+    "{h} = {h} * " + _WAVE,
+    end=True,
+)
+
+
 def _made(name: str, says: str, text: str, *, helpers: str = "", same: bool = False) -> None:
     """`make_cache` returns a text."""
 
