@@ -254,7 +254,9 @@ def test_a_count_of_calls_in_a_part_of_a_mixer_is_refused():
     never_wrong("rwkv7", "subclass-counting", MODEL, REFUSED, LOUD)
 
 
-@pytest.mark.parametrize("operator", ["fetch-getattr", "fetch-indexed", "fetch-list"])
+@pytest.mark.parametrize(
+    "operator", ["fetch-getattr", "fetch-indexed", "fetch-list", "fetch-starred"]
+)
 def test_a_fetch_spelled_otherwise_is_kept(operator):
     never_wrong("llama", operator, KEPT)
 

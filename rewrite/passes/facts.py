@@ -282,6 +282,14 @@ class _Evaluator:
             return Value("phi", parts, None, span)
         return Value("item", (base,), position, span)
 
+    @staticmethod
+    def rest(base: Value, position: int, count: int, span: Span) -> Value:
+        """What a starred target at the end takes of a fetched pair; unknown of all else."""
+        if _is_fetched_pair(base) and position == count - 1 <= 2:
+            items = tuple(_Evaluator.item(base, i, span) for i in range(position, 2))
+            return Value("list", items, None, span)
+        return Value("unknown", (base,), "a starred target", span)
+
     def element(self, iterable: Value, span: Span) -> Value:
         """What a loop over `iterable` meets."""
         if iterable.op == "call" and iterable.args[0].op == "global":
@@ -376,7 +384,7 @@ class _Evaluator:
             case "tuple" | "list":
                 for position, part in enumerate(target.args):
                     if part.op == "star":
-                        rest = Value("unknown", (value,), "a starred target", part.span)
+                        rest = self.rest(value, position, len(target.args), part.span)
                         self.assign(part.args[0], rest, rebind)
                         break
                     self.assign(part, self.item(value, position, part.span), rebind)
