@@ -49,12 +49,12 @@ def kept_apart(
     plain = {name: (NONE, STATES) if name in cached else _PLAIN for name in others}
 
     set_ = frozenset(_set_elsewhere(mixer))
+    world = World(lambda name: _read(mixer, name), {mixer.source.module: text})
 
     def proof(more: dict[str, tuple[Value, ...]]) -> Failure | None:
         given = {name: choice(values) for name, values in (plain | more).items()}
         given[first] = _ARRAYS[rank]
         for name in _instances(mixer):
-            world = World(lambda name: _read(mixer, name), {mixer.source.module: text})
             interpreter = Interpreter(world, {})
             failure = interpreter.keeps_apart(mixer.source.module, name, given)
             read = sorted(n for _, n in interpreter.reads if n in set_ or "*" in set_)
