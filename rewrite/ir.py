@@ -300,9 +300,12 @@ class Value:
     def __repr__(self) -> str:
         return f"<{self.op} {self.data!r} {tuple(self.span)}>"
 
-    def walk(self) -> Iterator[Value]:
-        """Every value this one is computed from, itself first, each once."""
-        seen: set[int] = set()
+    def walk(self, seen: set[int] | None = None) -> Iterator[Value]:
+        """Every value this one is computed from, itself first, each once.
+
+        `seen` holds ids of values to leave out, with all that they are computed from; it grows.
+        """
+        seen = set() if seen is None else seen
         stack = [self]
         while stack:
             value = stack.pop()

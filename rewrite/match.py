@@ -291,18 +291,10 @@ def every_value(method: Method) -> Iterator[Value]:
     seen: set[int] = set()
     for effect in method.effects:
         for root in (effect.value, effect.target):
-            if root is None or id(root) in seen:
-                continue
-            for value in root.walk():
-                if id(value) not in seen:
-                    seen.add(id(value))
-                    yield value
+            if root is not None:
+                yield from root.walk(seen)
         for test, _ in effect.path.conditions:
-            if id(test) not in seen:
-                for value in test.walk():
-                    if id(value) not in seen:
-                        seen.add(id(value))
-                        yield value
+            yield from test.walk(seen)
 
 
 def uses(method: Method) -> dict[int, list[Use]]:

@@ -617,6 +617,7 @@ CASES: list[Case] = [
     # ------------------------------------------------------------------- joining, cutting
     *[case("concatenate", [T("r l a"), T("r l b")], axis=at) for at in (-1, 2)],
     case("concatenate", [T("r a"), T("r a")], careful=_TWICE),
+    *[case("concat", [T("r l a"), T("r l b")], axis=at) for at in (-1, 2)],
     case("concatenate", [T("r 2 l a"), T("r 3 l a")], 1),
     case("concatenate", [T("r l a"), T("r l 1")], 2),
     *[case("stack", [T("r l a"), T("r l a")], axis=at) for at in (0, 1, 2, 3, -1, -2)],

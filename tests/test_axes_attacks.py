@@ -51,6 +51,8 @@ ATTACKS = [
     Attack("gram of the batch", "y = x.flatten(0, 1)\nx = x @ (y.T @ y)  # HERE"),
     Attack("pairs", "d = x[:, :, None] - x[:, None]  # HERE\nx = x + d.sum(axis=2)"),
     Attack("all pairs of rows", "x = x + mx.max(x[:, None] * x[None], axis=1)  # HERE"),
+    Attack("tables of other ranks", 'i = (x[..., 0] > 0).astype(mx.int32)\ny = TABLES[0][i] + TABLES[1][i]  # HERE\nx = x + y.mean(axis=2)', helpers='TABLES = [mx.zeros(s) for s in read_shapes()]\n'),
+    Attack("a table that may have more axes", 'i = (x[..., 0] > 0).astype(mx.int32)\nx = (x[:, :, None] + TABLE[i]).mean(axis=2)  # HERE', helpers='TABLE = mx.zeros(read_shape())\n'),
     Attack("einsum", "x = mx.einsum('bld,bmd->bmd', x, x)  # HERE"),
     Attack("length in the sum", "x = x / x.shape[1]  # HERE", "token-count"),
     Attack("rows in the sum", "x = x * len(x)  # HERE", "token-count"),

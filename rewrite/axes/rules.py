@@ -545,13 +545,18 @@ def matrix(c: Context, *values: Value, **rest: Value) -> Value:
     return Array((feature(), feature()))
 
 
-@rule("random numbers are no function of tokens; only parameters start so",
-      "random.uniform", "random.normal")  # fmt: skip
-def random(c: Context, *given: Value, shape: Value = NONE, **rest: Value) -> Value:
-    if any(map(is_live, (*given, shape, *rest.values()))):
+@rule("random numbers are no function of tokens; only parameters start so", "random.normal")
+def random(c: Context, shape: Value = NONE, *given: Value, **rest: Value) -> Value:
+    if any(map(is_live, (shape, *given, *rest.values()))):
         raise Refused("unknown-operation", "random numbers in a forward pass")
     axes = _shape_axes(shape) if shape != NONE else None
     return PARAMETER if axes is None else Array(axes)
+
+
+@rule("random numbers, their range before their shape", "random.uniform")
+def uniform(c: Context, low: Value = NONE, high: Value = NONE, shape: Value = NONE,
+            *given: Value, **rest: Value) -> Value:  # fmt: skip
+    return random(c, shape, low, high, *given, **rest)
 
 
 @rule("an array of numbers of the config", "array")
@@ -603,7 +608,8 @@ def listed(value: Value) -> list[Value]:
     raise Refused("unknown-operation", "a list that is not known")
 
 
-@rule("arrays are put behind each other along one axis, the first by default", "concatenate")
+@rule("arrays are put behind each other along one axis, the first by default", "concatenate",
+      "concat")  # fmt: skip
 def concatenate(c: Context, arrays: Value, axis: Value = ZERO, **rest: Value) -> Value:
     found = [array(v) for v in listed(arrays)]
     if not any(x.live for x in found):

@@ -107,7 +107,7 @@ def broadcast(arrays: Sequence[Array]) -> Array:
             return PARAMETER
         shaped = known
     if any(a.open for a in shaped):
-        return _broadcast_open(shaped, arrays)
+        return _broadcast_open(shaped)
     shapes = [a.axes for a in arrays if a.axes is not None and not a.open]
     rank = max(map(len, shapes))
     result: list[Axis] = [()] * rank
@@ -117,20 +117,13 @@ def broadcast(arrays: Sequence[Array]) -> Array:
     return distinct(Array(tuple(result)))
 
 
-def _broadcast_open(shaped: list[Array], arrays: Sequence[Array]) -> Array:
-    """At least one has unknown axes at its end: all must begin alike."""
-    first = next(a for a in shaped if a.open)
-    assert first.axes is not None
-    closed = [a for a in shaped if not a.open]
-    for other in shaped:
-        assert other.axes is not None
-        head = other.axes[: len(first.axes)]
-        if tuple(map(tokens, head)) != tuple(map(tokens, first.axes)):
-            raise Refused("row-mixing", f"{first} meets {other}")
-        if len(other.axes) == len(first.axes) and not other.open:
-            raise Refused("row-mixing", f"{first} meets {other}: they may not line up")
-    del arrays
-    return closed[0] if closed else first
+def _broadcast_open(shaped: list[Array]) -> Array:
+    """One has unknown axes at its end. Axes line up from the end, so it may meet weights only: if
+    two arrays of rows have other numbers of axes, rows come to stand above other axes."""
+    first, *others = sorted(shaped, key=lambda a: not a.open)
+    if others:
+        raise Refused("row-mixing", f"{first} meets {others[0]}: they may not line up")
+    return first
 
 
 def distinct(x: Array) -> Array:
