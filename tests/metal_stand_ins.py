@@ -2,7 +2,8 @@
 
 They compute what the kernels are documented to compute, so that everything around them can be
 compared where there is no Metal: see docs/upstream.md. `standing_in` puts them into a folder of
-mlx_vlm, original and rewritten file alike.
+mlx_vlm, original and rewritten file alike. Towers whose sizes are written in the file, not in the
+config, are made of fewer layers there.
 """
 
 from __future__ import annotations
@@ -38,7 +39,27 @@ def standing_in(folder: str) -> Iterator[bool]:
                 for name, value in kernels().items():
                     patch.setattr(module, name, value, raising=False)
                 patch.setattr(module, "mx", Float32())
+        elif folder == "phi3_v":
+            tower = import_module("mlx_vlm.models.phi3_v.vision").VisionModel
+            patch.setattr(tower.CLIP_VIT_LARGE_PATCH14_336_CONFIG, "num_hidden_layers", 2)
+            patch.setattr(tower.CLIP_VIT_LARGE_PATCH14_336_CONFIG, "intermediate_size", 32)
+        elif folder == "gemma3n":
+            patch.setattr(
+                import_module("mlx_vlm.models.gemma3n.vision"),
+                "gemma3n_mobilenet_def",
+                one_block_each,
+            )
         yield folder in METAL_ONLY
+
+
+def one_block_each() -> list[list[Any]]:
+    """Four stages of gemma3n's tower, each its first block, with the channels of the whole one."""
+    vision = import_module("mlx_vlm.models.gemma3n.vision")
+    mixed = vision.UniversalInvertedResidualConfig
+    return [
+        [vision.EdgeResidualConfig(3, 128, 2, 1.0, False)],
+        *([mixed(3, 5, width, 2, 1.0, False)] for width in (256, 640, 1280)),
+    ]
 
 
 def packed_product(self: Any, x: mx.array, packed: mx.array) -> mx.array:

@@ -32,6 +32,7 @@ from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import BatchKVCache, RotatingKVCache, make_prompt_cache
 from mlx_lm.utils import _get_classes
 from mlxrewrite.runtime.weights import randomise
+from uncompiled import without_compile  # noqa: F401 - for all tests here
 
 CONFIGS = {path.stem: path for path in (Path(__file__).parent / "configs").glob("*.json")}
 PROMPT = [5, 15, 39, 77, 40, 17, 8, 13, 32, 65, 23, 84]
@@ -229,14 +230,12 @@ def difference(got: mx.array, expected: mx.array) -> float:
 
 @pytest.fixture(scope="module", autouse=True)
 def plain_mlx_lm() -> Iterator[None]:
-    """No mx.compile, and a stand-in for the package olmo.py wants to see (and never uses)."""
+    """A stand-in for the package olmo.py wants to see (and never uses)."""
     stub = ModuleType("hf_olmo")
     stub.__spec__ = importlib.machinery.ModuleSpec("hf_olmo", None)
     added = "hf_olmo" not in sys.modules
     sys.modules.setdefault("hf_olmo", stub)
-    mx.disable_compile()
     yield
-    mx.enable_compile()
     if added:
         del sys.modules["hf_olmo"]
 

@@ -29,6 +29,7 @@ from mutation.report import Row, summary
 from mutation.running import Died, Job, rows_of
 from mutation.source import File
 from mutation.worlds import Library, Rewritten
+from uncompiled import without_compile  # noqa: F401 - for all tests here
 
 # One file of each structure: plain, handwritten softmax, latent, windows, packed, states, experts.
 FILES = (
@@ -47,9 +48,6 @@ QUICK = (
 
 @cache
 def library() -> Library:
-    import mlx.core as mx
-
-    mx.disable_compile()  # on the CPU it costs a compiler run for every function and shape
     sys.modules.setdefault("hf_olmo", types.ModuleType("hf_olmo"))
     return Library()
 

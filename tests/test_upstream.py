@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from mlxrewrite.runtime.cache import PagedCache
 from mlxrewrite.runtime.load import original_module, rewritten_module
 from mlxrewrite.runtime.verify import verify
 from mlxrewrite.runtime.weights import randomise
+from uncompiled import without_compile  # noqa: F401 - for all tests here
 
 CONFIGS = Path(__file__).parent / "configs"
 PROMPTS = (
@@ -31,14 +31,6 @@ PROMPTS = (
     [40, 2, 17],
     [61, 62, 63, 64, 8, 9, 10, 11, 3],
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def plain_mlx_lm() -> Iterator[None]:
-    """No mx.compile: it changes no result and costs a compiler run for each shape."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
 
 
 def config_of(name: str) -> dict[str, Any]:
