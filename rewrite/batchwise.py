@@ -15,10 +15,11 @@ from .axes.domain import NONE, ROWS, Array, Value, choice, feature
 from .axes.interpret import Failure
 from .axes.recurrences import CALLED, CONVOLVE, DECORATING
 from .axes.states import NUMBER, OBJECT, STATES
-from .ir import Edit, Source
+from .ir import ClassFacts, Edit, ModuleFacts, Source, Span
 from .match import Mixer, callee_name
 from .passes.emit import splice
 from .passes.parse import ParseError, parse
+from .program import Program
 
 _RUNTIME = "mlxrewrite.runtime"
 _ARRAYS = {
@@ -28,6 +29,7 @@ _ARRAYS = {
 _PLAIN = (NONE, NUMBER, OBJECT, STATES)
 # Positions of sequences, or something computed from the rows of an earlier layer.
 _MORE = (1, 3, 4)
+_WEIGHTS = {"weight", "bias", "scales", "biases"}  # arrays, whoever loads or quantises them
 _SETTING = ("builtins.setattr", "builtins.object.__setattr__")
 
 
@@ -95,20 +97,38 @@ def _instances(mixer: Mixer) -> Iterator[str]:
 
 
 def _set_elsewhere(mixer: Mixer) -> Iterator[str]:
-    """Attributes that the file sets of other objects than a method's own."""
-    for method in mixer.program.modules[mixer.cls.module].methods():
+    """Attributes that the mixer's file sets of other objects than a method's own."""
+    for name, _ in set_of_others(mixer.program, mixer.program.modules[mixer.cls.module]):
+        yield name
+
+
+def set_on(program: Program, cls: ClassFacts) -> Iterator[tuple[ModuleFacts, str, Span]]:
+    """Where files other than the class's own set what its instances, or their parts, are proved
+    with."""
+    parts = program.reachable(cls).values()
+    own = {name for part in parts for name in (*part.methods, *part.attributes)} - _WEIGHTS
+    for module in program.modules.values():
+        if module.source.module != cls.module:
+            for name, span in set_of_others(program, module):
+                if name in own or name == "*":
+                    yield module, name, span
+
+
+def set_of_others(program: Program, module: ModuleFacts) -> Iterator[tuple[str, Span]]:
+    """Attributes that a file sets of other objects than a method's own; "*" for any."""
+    for method in module.methods():
         if method.name == "shard":
             continue  # parts of weights
         own = method.params[0] if method.owner is not None and method.params else None
         for effect in method.effects:
             target = effect.target
             if target is not None and target.op == "attr" and target.args[0] is not own:
-                yield target.data
+                yield target.data, target.span
         for call in method.calls():
-            name = callee_name(mixer.program, call.value)
+            name = callee_name(program, call.value)
             if name in _SETTING and len(call.value.args) > 2:
                 key = call.value.args[2]
-                yield key.data if key.op == "const" else "*"
+                yield (key.data if key.op == "const" else "*"), call.value.span
 
 
 def _text(mixer: Mixer, edits: tuple[Edit, ...]) -> Text | None:

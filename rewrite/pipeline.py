@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from .batchwise import set_on
 from .diagnostics import error
 from .ir import Diagnostic, Emitted, Match, ModuleFacts, Place, Plan, Refusal, Verdict
 from .languages import outside, settle
@@ -18,6 +19,7 @@ from .passes.kept import kept_state
 from .passes.parse import ParseError, parse, read_concretely
 from .passes.plan import Judgements, plan, verdict
 from .passes.verify import verify
+from .per_length import SITE as PER_LENGTH
 from .program import Program
 from .sources import Package, installed_package
 
@@ -237,7 +239,7 @@ class Compiler:
         if name not in self.settled:
             program, judgements = self.judged(module)
             own = verdict(program, module, judgements, self.package.entry)
-            found = self._with_named(program, own)
+            found = _with_set(program, self._with_named(program, own), judgements)
             self.settled[name] = found  # for a circle of imports
             reasons, assumptions = found.reasons, found.assumptions
             if found.mode == "sites":
@@ -285,7 +287,8 @@ class Compiler:
         found = {}
         for m in targets:
             own = verdict(program, m, judgements, entry, nested=True)
-            found[m.source.module] = self._with_named(program, own)
+            named = self._with_named(program, own)
+            found[m.source.module] = _with_set(program, named, judgements)
         return settle(program, found, judgements)
 
     def _draft_verdicts(self, module: ModuleFacts) -> dict[str, Verdict]:
@@ -325,6 +328,22 @@ class Compiler:
             return self.draft(module) if self.package.nested else self.plan(module)
 
         return Proofs(lambda name: self.load(name) if self.is_read(name) else None, planned)
+
+
+def _with_set(program: Program, own: Verdict, judgements: Judgements) -> Verdict:
+    """Not token-major if a file sets parts of a mixer that was proved, in another file, as it is
+    made there."""
+    reasons = []
+    for cls in program.reachable(own.entry).values() if own.entry is not None else ():
+        judged = judgements.get(cls.qualified)
+        once = isinstance(judged, Match) and any(site.rule == PER_LENGTH for site in judged.sites)
+        for module, name, span in set_on(program, cls) if once and own.mode == "sites" else ():
+            what = f"`.{name}`" if name != "*" else "an attribute"
+            message = f"{what} of `{cls.name}` is set here, which it was proved without"
+            reasons.append(Diagnostic("sibling", message, place(module.source, span)))
+    if not reasons:
+        return own
+    return Verdict("model", own.entry, tuple(dict.fromkeys(reasons)))
 
 
 def _syntax(problem: ParseError) -> Diagnostic:

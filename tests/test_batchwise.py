@@ -7,8 +7,11 @@ does the same as the original where there is one sequence, or depends on how man
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from compiling import EXAMPLES, judge
+from mlxrewrite.cli import main
 from mlxrewrite.ir import Match
 
 TEXT = (EXAMPLES / "short_conv.py").read_text()
@@ -304,3 +307,47 @@ def test_states_of_calls_of_every_sort_meet():
         assert isinstance(found, Match)
         (decorator,) = [e.after for e in found.edits if b"@per_length" in e.after]
         assert ranks in decorator
+
+
+OUTER = """
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from .inner import Model as Inner
+from .inner import ModelArgs as InnerArgs
+
+
+@dataclass
+class ModelArgs(InnerArgs):
+    pass
+
+
+class Model(Inner):
+    def __init__(self, args: ModelArgs):
+        super().__init__(args)
+        for layer in self.layers:
+            SET
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "route"),
+    [
+        ("layer.mixer.step_norm = lambda t: t - mx.mean(t, axis=0)", "refused"),
+        ("setattr(layer.mixer, 'step_norm', lambda t: t - mx.mean(t, axis=0))", "refused"),
+        ("layer.mixer.note = args.model_type", "kernel"),
+    ],
+)
+def test_what_another_file_puts_on_a_mixer_is_seen(tmp_path, line, route):
+    """The mixer was proved as its own file makes it."""
+    models = tmp_path / "models"
+    models.mkdir()
+    (models / "__init__.py").touch()
+    (models / "inner.py").write_text((EXAMPLES / "selective_scan.py").read_text())
+    (models / "outer.py").write_text(OUTER.replace("SET", line))
+    main([str(models), "-o", str(tmp_path / "made"), "-q", "--no-cache"])
+    told = json.loads((tmp_path / "made" / "outer.json").read_text())
+    assert told["route"] == route
+    assert json.loads((tmp_path / "made" / "inner.json").read_text())["route"] == "kernel"
+    assert (route == "kernel") != any("proved without" in n["message"] for n in told["notes"])
