@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from .batchwise import set_on
 from .diagnostics import error
-from .ir import Diagnostic, Emitted, Match, ModuleFacts, Place, Plan, Refusal, Verdict
+from .ir import ClassFacts, Diagnostic, Emitted, Match, ModuleFacts, Place, Plan, Refusal, Verdict
 from .languages import outside, settle
 from .match import NOT_FORWARD, place
 from .passes.axes import Proof, Proofs
@@ -49,6 +49,7 @@ class Compiler:
     failures: dict[str, Diagnostic] = field(default_factory=dict)
     settled: dict[str, Verdict] = field(default_factory=dict)
     plans: dict[str, Plan] = field(default_factory=dict)
+    drafted: dict[str, dict[str, Verdict]] = field(default_factory=dict)
     drafts: dict[str, Plan] = field(default_factory=dict)  # of language models, before the proof
     proved: dict[str, Proof | None] = field(default_factory=dict)
     linked: dict[str, tuple[Program, Judgements]] = field(default_factory=dict)
@@ -191,18 +192,19 @@ class Compiler:
             program,
             module,
             judgements,
-            self.verdicts(program, reached, judgements),
+            self.verdicts(module, program, judgements),
             self.generated(reached),
             in_place=self.package.nested,
         )
 
     def verdicts(
-        self, program: Program, modules: Iterable[ModuleFacts], judgements: Judgements
+        self, module: ModuleFacts, program: Program, judgements: Judgements
     ) -> dict[str, Verdict]:
-        targets = [m for m in modules if self.is_target(m)]
+        """The verdicts on all files of a module's program."""
+        targets = [m for m in program.modules.values() if self.is_target(m)]
         if not self.package.nested:
             return {m.source.module: self.verdict(m) for m in targets}
-        found = self._drafted(program, targets, judgements)
+        found = self._draft_verdicts(module)
         proved = {
             m.source.module: self.verdict(m)
             for m in targets
@@ -210,14 +212,25 @@ class Compiler:
         }
         return settle(program, found | proved, judgements)
 
-    def _with_named(self, program: Program, own: Verdict) -> Verdict:
-        """Not token-major if a class is something else with methods that only this program calls:
-        its file was judged without them."""
-        reasons = []
-        for cls in program.reachable(own.entry).values() if own.entry is not None else ():
+    def _unproved(self, program: Program, module: ModuleFacts, judgements: Judgements) -> Verdict:
+        """The verdict on a file before it is proved, in the program of whoever asks."""
+        nested = self.package.nested
+        own = verdict(program, module, judgements, self.package.entry, nested=nested)
+        if own.mode != "sites" or own.entry is None:
+            return own
+        classes = list(program.reachable(own.entry).values())
+        reasons = [*self._named_here(program, classes)] or [
+            *_set_here(program, classes, judgements)
+        ]
+        return Verdict("model", own.entry, tuple(dict.fromkeys(reasons))) if reasons else own
+
+    def _named_here(self, program: Program, classes: Iterable[ClassFacts]) -> Iterator[Diagnostic]:
+        """Classes that are something else with methods that only this program calls: their files
+        were judged without them."""
+        for cls in classes:
             for owner in program.lineage(cls):
                 module = self.load(owner.module)
-                if own.mode != "sites" or module is None:
+                if module is None:
                     continue
                 alone, judgements = self.judged(module)
                 named = alone.unnamed(owner) - program.unnamed(owner) - NOT_FORWARD
@@ -226,10 +239,7 @@ class Compiler:
                     where = place(program.modules[owner.module].source, owner.syntax.name_span)
                     calls = ", ".join(sorted(named))
                     message = f"`{owner.name}` is another mixer with what only others call: {calls}"
-                    reasons.append(Diagnostic("sibling", message, where))
-        if not reasons:
-            return own
-        return Verdict("model", own.entry, tuple(dict.fromkeys(reasons)))
+                    yield Diagnostic("sibling", message, where)
 
     def verdict(self, module: ModuleFacts) -> Verdict:
         """How a file is run: token-major only if its rewritten text is proved row by row."""
@@ -238,8 +248,7 @@ class Compiler:
             return self._nested_verdict(module)
         if name not in self.settled:
             program, judgements = self.judged(module)
-            own = verdict(program, module, judgements, self.package.entry)
-            found = _with_set(program, self._with_named(program, own), judgements)
+            found = self._unproved(program, module, judgements)
             self.settled[name] = found  # for a circle of imports
             reasons, assumptions = found.reasons, found.assumptions
             if found.mode == "sites":
@@ -279,22 +288,15 @@ class Compiler:
             self.settled[name] = found
         return self.settled[name]
 
-    def _drafted(
-        self, program: Program, targets: Iterable[ModuleFacts], judgements: Judgements
-    ) -> dict[str, Verdict]:
-        """Verdicts on files of language models before any of them is proved."""
-        entry = self.package.entry
-        found = {}
-        for m in targets:
-            own = verdict(program, m, judgements, entry, nested=True)
-            named = self._with_named(program, own)
-            found[m.source.module] = _with_set(program, named, judgements)
-        return settle(program, found, judgements)
-
     def _draft_verdicts(self, module: ModuleFacts) -> dict[str, Verdict]:
-        program, judgements = self.judged(module)
-        targets = [m for m in program.modules.values() if self.is_target(m)]
-        return self._drafted(program, targets, judgements)
+        """Verdicts on the files of a language model's program before any of them is proved."""
+        name = module.source.module
+        if name not in self.drafted:
+            program, judgements = self.judged(module)
+            targets = [m for m in program.modules.values() if self.is_target(m)]
+            found = {m.source.module: self._unproved(program, m, judgements) for m in targets}
+            self.drafted[name] = settle(program, found, judgements)
+        return self.drafted[name]
 
     def draft(self, module: ModuleFacts) -> Plan:
         """The edits that a proof of a language model's file is about."""
@@ -330,20 +332,17 @@ class Compiler:
         return Proofs(lambda name: self.load(name) if self.is_read(name) else None, planned)
 
 
-def _with_set(program: Program, own: Verdict, judgements: Judgements) -> Verdict:
-    """Not token-major if a file sets parts of a mixer that was proved, in another file, as it is
-    made there."""
-    reasons = []
-    for cls in program.reachable(own.entry).values() if own.entry is not None else ():
+def _set_here(
+    program: Program, classes: Iterable[ClassFacts], judgements: Judgements
+) -> Iterator[Diagnostic]:
+    """Where a file sets parts of a mixer that was proved, in another file, as it is made there."""
+    for cls in classes:
         judged = judgements.get(cls.qualified)
-        once = isinstance(judged, Match) and any(site.rule == PER_LENGTH for site in judged.sites)
-        for module, name, span in set_on(program, cls) if once and own.mode == "sites" else ():
-            what = f"`.{name}`" if name != "*" else "an attribute"
-            message = f"{what} of `{cls.name}` is set here, which it was proved without"
-            reasons.append(Diagnostic("sibling", message, place(module.source, span)))
-    if not reasons:
-        return own
-    return Verdict("model", own.entry, tuple(dict.fromkeys(reasons)))
+        if isinstance(judged, Match) and any(site.rule == PER_LENGTH for site in judged.sites):
+            for module, name, span in set_on(program, cls):
+                what = f"`.{name}`" if name != "*" else "an attribute"
+                message = f"{what} of `{cls.name}` is set here, which it was proved without"
+                yield Diagnostic("sibling", message, place(module.source, span))
 
 
 def _syntax(problem: ParseError) -> Diagnostic:

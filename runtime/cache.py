@@ -16,7 +16,7 @@ from mlxrewrite.kernels.ops import Quantization, Ragged
 from . import batch as batches
 from .batch import Batch, Sampled
 from .blocks import BlockAllocator, BlockTable
-from .caches import ArraysCache, KVCache, Retention, Spec, spec_of
+from .caches import ArraysCache, KVCache, Retention, Spec, entry_at, spec_of
 from .errors import OutOfBlocks, RuntimeRefusal, UnknownSequence
 from .pools import EntryPool
 from .recorded import Recorder
@@ -595,9 +595,7 @@ class PagedCache:
         if not leaf.per_sequence:
             return leaf.pool.serial == self._serial
         for part in rows:
-            own = self._originals_of(part.sequence)[leaf.entry]
-            for index in leaf.path:
-                own = own[index]
+            own = entry_at(self._originals_of(part.sequence), (leaf.entry, *leaf.path))
             if own.offset != part.end:
                 return False
         return True

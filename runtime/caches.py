@@ -193,3 +193,11 @@ _EMPTY: dict[type, Callable[[Any], Spec]] = {
     upstream.ChunkedKVCache: lambda cache: ChunkedKVCache(cache.chunk_size),
     upstream.ArraysCache: lambda cache: ArraysCache(len(cache.cache)),
 }
+
+
+def entry_at(caches: Sequence[Any], path: Sequence[int]) -> Any:
+    """An entry of a cache list or, by further numbers, a part of one."""
+    found = caches[path[0]]
+    for index in path[1:]:
+        found = found[index]
+    return found

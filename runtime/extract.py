@@ -15,7 +15,7 @@ from mlxrewrite.kernels.quantization import Packing, Packings
 
 from .blocks import BlockTable
 from .cache import PagedCache
-from .caches import Retention, Spec
+from .caches import Retention, Spec, entry_at
 from .errors import RuntimeRefusal
 from .memory import Footprint
 from .views import Leaf, StateLeaf
@@ -31,7 +31,7 @@ def extract(cache: PagedCache, sequence: int) -> list[Any]:
     def own(path: tuple[int, ...]) -> Any:
         if not originals:
             originals.extend(cache.originals_of(sequence))
-        return copy.deepcopy(_at(originals, path))
+        return copy.deepcopy(entry_at(originals, path))
 
     def made(spec: Spec | None, path: tuple[int, ...]) -> Any:
         leaf = cache.leaves.get(path)
@@ -76,7 +76,7 @@ def check(
             f"prompt caches: expected {len(specs)} entries for this model, got {len(caches)}"
         )
     for path in sorted(footprint.entries):
-        entry = _at(caches, path)
+        entry = entry_at(caches, path)
         spec = specs[path[0]]
         for index in path[1:]:
             assert spec is not None
@@ -134,9 +134,9 @@ def restore(cache: PagedCache, footprint: Footprint, caches: Sequence[Any], leng
         elif path in footprint.indices:
             write = leaf.pool.write_index
         table = cache.tables(sequence)[leaf.group]
-        _to_blocks(cache, leaf, _at(caches, path), length, write, table)
+        _to_blocks(cache, leaf, entry_at(caches, path), length, write, table)
     for path in sorted(footprint.states):
-        cache.states[path].table.restore(sequence, _at(caches, path).cache)
+        cache.states[path].table.restore(sequence, entry_at(caches, path).cache)
     known = {*footprint.entries, *footprint.states}
     if not footprint.everything and not _all_known(cache.specs, known):
         cache.set_originals(sequence, [copy.deepcopy(entry) for entry in caches])
@@ -313,13 +313,6 @@ def fill_blocks(cache: PagedCache, sequence: int, blocks: Sequence[dict[str, Any
         ragged = Ragged.build([length - start], [length], [table.blocks], size, [table.dropped])
         write = leaf.pool.write if leaf.pool.rank is None else leaf.pool.write_latents
         write(keys, values, ragged, cache.serial)
-
-
-def _at(caches: Sequence[Any], path: tuple[int, ...]) -> Any:
-    found = caches[path[0]]
-    for index in path[1:]:
-        found = found[index]
-    return found
 
 
 def _flat(caches: Sequence[Any]) -> list[Any]:

@@ -16,6 +16,7 @@ import mlx.core as mx
 from mlx_lm.models import base as upstream
 
 from .batch import Batch
+from .caches import entry_at
 from .errors import RuntimeRefusal
 from .masks import MaskSpec, require_kept
 from .rope import apart, in_step
@@ -145,10 +146,8 @@ class _Split:
 
     def _original(self, view: View) -> Any:
         _claim(view)
-        found = self.batch.originals.of(self.part.sequence)[view.entry]
-        for index in view.path:
-            found = found[index]
-        return found
+        originals = self.batch.originals.of(self.part.sequence)
+        return entry_at(originals, (view.entry, *view.path))
 
     def _mask(self, mask: MaskSpec) -> Any:
         if mask.kind == "sequence":

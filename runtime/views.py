@@ -151,9 +151,8 @@ class PagedView(View):
     def _grown(self) -> bool:
         """Whether the caches of a mixer that runs once per sequence have this step's rows."""
         first = self.batch.rows[0]
-        own = self.batch.originals.of(first.sequence)[self.entry]
-        for index in self.path:
-            own = own[index]
+        originals = self.batch.originals.of(first.sequence)
+        own = caches.entry_at(originals, (self.entry, *self.path))
         return bool(own.offset != first.position)
 
     def make_mask(

@@ -483,10 +483,10 @@ class VisionModel:
         sequence = cache.begin(len(prompt))
         cache.open_step()
         for path, held in cache.states.items():
-            entry = _at(originals, path)
+            entry = specs.entry_at(originals, path)
             held.table.restore(sequence, [entry[index] for index in range(held.table.size)])
         for path, leaf in cache.leaves.items():
-            entry = _at(originals, path)
+            entry = specs.entry_at(originals, path)
             table = cache.tables(sequence)[leaf.group]
             count = len(prompt) - table.dropped * cache.block_size
             keys, values = _in_order(entry, len(prompt), count)
@@ -631,14 +631,6 @@ def _holds_modules(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return any(_holds_modules(part) for part in value)
     return isinstance(value, dict) and any(_holds_modules(part) for part in value.values())
-
-
-def _at(caches: list[Any], path: tuple[int, ...]) -> Any:
-    """An entry of a cache list, or a part of one."""
-    entry = caches[path[0]]
-    for index in path[1:]:
-        entry = entry[index]
-    return entry
 
 
 def triples(prepared: Prepared) -> np.ndarray:

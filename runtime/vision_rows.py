@@ -34,18 +34,21 @@ def row_ids(ids: Sequence[int], embeds: mx.array, text: mx.array) -> list[int]:
     return [*ids[:before], *between, *ids[len(ids) - behind :]]
 
 
-def stacked(logits: Sequence[mx.array]) -> mx.array:
-    """Logits [n, V] of several sequences as one array, those that a sequence lacks as -inf.
+def equally_wide(logits: Sequence[mx.array]) -> list[mx.array]:
+    """Logits [n, V] of several sequences, -inf for ids that only others of them have.
 
     mlx_vlm's molmo_point has an id more for every patch of the images that a sequence has seen.
     """
     widest = max(part.shape[1] for part in logits)
-    return mx.concatenate(
-        [
-            mx.pad(part, [(0, 0), (0, widest - part.shape[1])], constant_values=-mx.inf)
-            for part in logits
-        ]
-    )
+    return [
+        mx.pad(part, [(0, 0), (0, widest - part.shape[1])], constant_values=-mx.inf)
+        for part in logits
+    ]
+
+
+def stacked(logits: Sequence[mx.array]) -> mx.array:
+    """Logits of several sequences as one array."""
+    return mx.concatenate(equally_wide(logits))
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from .load import BROKEN, said
 from .manifest import Manifest
 from .verify import LONGEST, TOLERANCE, _windows
 from .vision import Prepared, VisionModel, own, state_places
-from .vision_rows import stacked
+from .vision_rows import equally_wide, stacked
 from .weights import randomise
 
 
@@ -112,7 +112,7 @@ def verify(
         with as_loaded(original.language_model, model.manifest):
             theirs.append(reference(original, case))
     ours, read = mixed(model, cases, seed, block_size)
-    both = _equally_wide([*theirs, *ours])
+    both = [np.array(part) for part in equally_wide([*map(mx.array, (*theirs, *ours))])]
     theirs, ours = both[: len(cases)], both[len(cases) :]
     text = [i for i, case in enumerate(cases) if not case.inputs]
     seen = [i for i, case in enumerate(cases) if case.inputs]
@@ -219,15 +219,6 @@ def mixed(
                 model.detach(names[index])
                 cache.free(names.pop(index))
     return [np.array(stacked(part).astype(mx.float32)) for part in rows], read
-
-
-def _equally_wide(logits: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Logits [n, V] of sequences, -inf for ids that only others of them have."""
-    widest = max(part.shape[1] for part in logits)
-    return [
-        np.pad(part, [(0, 0), (0, widest - part.shape[1])], constant_values=-np.inf)
-        for part in logits
-    ]
 
 
 def _cases(

@@ -7,7 +7,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from mlxrewrite.ir import Match, ModuleFacts, Plan, Refusal, Source
+from mlxrewrite.ir import Diagnostic, Match, ModuleFacts, Plan, Refusal, Source
 from mlxrewrite.passes.classify import classify
 from mlxrewrite.passes.emit import splice
 from mlxrewrite.passes.facts import facts
@@ -67,3 +67,8 @@ def upstream_folder() -> Path:
     spec = find_spec("mlx_lm")
     assert spec is not None and spec.submodule_search_locations
     return Path(next(iter(spec.submodule_search_locations))) / "models"
+
+
+def said_of(plan: Plan) -> list[Diagnostic]:
+    """All that a plan says: notes, and why classes are refused."""
+    return [*plan.notes, *(d for refusal in plan.refusals for d in refusal.diagnostics)]

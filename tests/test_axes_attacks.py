@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from compiling import EXAMPLES, compile_text
+from compiling import EXAMPLES, compile_text, said_of
 
 BASE = (EXAMPLES / "gqa.py").read_text()
 CONFIG = EXAMPLES / "gqa.json"
@@ -180,7 +180,7 @@ def test_an_attack_is_named_where_it_stands(tmp_path, attack):
     assert not result.errors and result.emitted is not None
     plan = result.emitted.plan
     assert plan.route == attack.route
-    told = [*plan.notes, *(d for refusal in plan.refusals for d in refusal.diagnostics)]
+    told = said_of(plan)
     line = next(n for n, part in enumerate(text.splitlines(), 1) if "# HERE" in part)
     named = [d for d in told if d.slug in attack.slugs.split() or d.slug == "token-branch"]
     assert named, [(d.slug, d.message, str(d.place)) for d in told]

@@ -105,7 +105,7 @@ def run(name: str, given: dict[str, mx.array | None]) -> tuple[mx.array, mx.arra
 
 def claim(name: str, given: dict[str, object]) -> list[Array]:
     """What the rule says of the op's results."""
-    rule, _ = (CALLED | DECORATING)[name]
+    rule = (CALLED | DECORATING)[name].apply
     values = [given[key] for key in names_of(name)]
     found = rule(Interpreter(World(lambda _: None), {}), *values)
     assert isinstance(found, Tuple)
@@ -173,7 +173,7 @@ def test_an_op_takes_sequences_in_front_only(name):
 
 def test_padding_ends_a_path():
     given = abstract("delta_rule", state=True)
-    rule, _ = CALLED["delta_rule"]
+    rule = CALLED["delta_rule"].apply
     values = [given[key] for key in names_of("delta_rule")]
     mask = Array(((ROWS,), feature()))
     with pytest.raises(Dead):

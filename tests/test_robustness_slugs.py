@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import test_vlm_compile as vlm
-from compiling import EXAMPLES, compile_folder, compile_text
+from compiling import EXAMPLES, compile_folder, compile_text, said_of
 from mlxrewrite import build, passes
 from mlxrewrite.diagnostics import SLUGS, render
 from mlxrewrite.ir import Diagnostic, Edit
@@ -33,8 +33,7 @@ Provoke = Callable[[Path], list[Diagnostic]]
 def said(compiled: Compiled) -> list[Diagnostic]:
     found = list(compiled.errors)
     if compiled.emitted is not None:
-        plan = compiled.emitted.plan
-        found += [*plan.notes, *(d for refusal in plan.refusals for d in refusal.diagnostics)]
+        found += said_of(compiled.emitted.plan)
     return found
 
 

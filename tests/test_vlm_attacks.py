@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import test_vlm_compile as vlm
+from compiling import said_of
 from mlxrewrite.pipeline import Compiler
 from mlxrewrite.sources import locate
 from test_axes_attacks import ATTACKS
@@ -78,7 +79,7 @@ def test_attacks_on_a_block_are_seen_in_language_models_too(tmp_path, attack):
     text = edited(attack.body, END, attack.helpers)
     plan = planned(tmp_path, text)
     assert plan.route in ("model", "refused"), plan.route
-    told = [*plan.notes, *(d for refusal in plan.refusals for d in refusal.diagnostics)]
+    told = said_of(plan)
     line = next(n for n, part in enumerate(text.splitlines(), 1) if "# HERE" in part)
     if plan.route == "model":
         assert any(d.place is not None and d.place.line == line for d in told), told
@@ -125,7 +126,7 @@ def test_what_blocks_of_mlx_vlm_may_do_is_seen(tmp_path, name):
         )
     plan = planned(tmp_path, text)
     assert plan.route in ("model", "refused"), plan.route
-    told = [*plan.notes, *(d for refusal in plan.refusals for d in refusal.diagnostics)]
+    told = said_of(plan)
     assert slug in {d.slug for d in told}, told
 
 
@@ -149,7 +150,7 @@ def test_what_language_models_may_do_with_embeddings_and_positions_is_seen(tmp_p
     body, slug = ENTRIES[name]
     plan = planned(tmp_path, edited(body, FIRST, behind=True))
     assert plan.route in ("model", "refused"), plan.route
-    told = [*plan.notes, *(d for refusal in plan.refusals for d in refusal.diagnostics)]
+    told = said_of(plan)
     assert slug in {d.slug for d in told}, told
 
 

@@ -146,19 +146,20 @@ class Calls(LibraryCalls):
         given = self.bind(routine, args, more)
         operation, first, rest, axis = given.values()
         assert isinstance(rest, Tuple)
-        for value in (first, *rest.items):
-            x = array(value)
-            if x.tag or x.axes is None or x.axes[axis_index(x, axis)] != (LENGTH,):
-                raise Refused("row-mixing", f"{describe(x)} is cut along another axis")
+
+        def require_along(values: Sequence[Value], done: str) -> None:
+            for x in map(array, values):
+                if x.tag or x.axes is None or x.axes[axis_index(x, axis)] != (LENGTH,):
+                    raise Refused("row-mixing", f"{describe(x)} is {done} along another axis")
+
+        require_along((first, *rest.items), "cut")
         self.singly += 1
         try:
             result = self.call(operation, (first, *rest.items), {})
         finally:
             self.singly -= 1
-        for value in parts(result) if isinstance(result, Tuple) else (result,):
-            x = array(value)
-            if x.tag or x.axes is None or x.axes[axis_index(x, axis)] != (LENGTH,):
-                raise Refused("row-mixing", f"{describe(x)} is put together along another axis")
+        made = parts(result) if isinstance(result, Tuple) else (result,)
+        require_along(tuple(made), "put together")
         return result
 
     def call_bound_names(self, routine: Routine, names: dict[str, Value]) -> Value:

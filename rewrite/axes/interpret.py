@@ -8,7 +8,7 @@ is refused, unless a rule says what it does to token axes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,10 +64,8 @@ class Interpreter(Statements, Expressions, Calls):
     ) -> Failure | None:
         """Run `entry(config)(ids, cache=caches, **given)` for each of `calls`; None if every step
         is row by row."""
-        try:
-            cls = self.global_value(module, entry)
-            if not isinstance(cls, ClassValue):
-                raise Refused("unknown-operation", f"`{entry}` is not a class that can be read")
+
+        def run(cls: ClassValue) -> None:
             model = self.instantiate(cls, (Constant(("config",)),), {})
             self.forward = True
             ids = Array(((ROWS,), (LENGTH,)))
@@ -75,6 +73,40 @@ class Interpreter(Statements, Expressions, Calls):
                 out = self.call(model, (ids,), {"cache": Opaque("cache"), **given})
                 self.check_logits(out)
             self.check_caches()
+
+        return self.failure_of(run, module, entry)
+
+    def keeps_apart(self, module: str, entry: str, given: dict[str, Value]) -> Failure | None:
+        """Run `entry(...)(**given)` on several sequences; None if none shows in another.
+
+        Rows are sequences here, and what a call leaves in the cache is found by the next.
+        """
+        self.sequences = True
+        self.ropes = (ROPES, "mlx_lm.models.rope_utils")
+
+        def run(cls: ClassValue) -> None:
+            mixer = self.made(cls)
+            self.forward = True
+            for _ in range(_CALLS):
+                before = self.changes
+                self.memo.clear()
+                out = self.call(mixer, (), dict(given))
+                if self.changes == before:
+                    self.check_rows(out)
+                    return
+            raise Refused("unknown-operation", "states that keep changing their axes")
+
+        return self.failure_of(run, module, entry)
+
+    def failure_of(
+        self, run: Callable[[ClassValue], None], module: str, entry: str
+    ) -> Failure | None:
+        """What a run of a class ends with, None if nothing is refused."""
+        try:
+            cls = self.global_value(module, entry)
+            if not isinstance(cls, ClassValue):
+                raise Refused("unknown-operation", f"`{entry}` is not a class that can be read")
+            run(cls)
         except Refused as problem:
             return self.failure(problem)
         except Dead:
@@ -84,34 +116,6 @@ class Interpreter(Statements, Expressions, Calls):
         except RecursionError:
             return self.failure(Refused("unknown-operation", "calls nest too deeply"))
         return None
-
-    def keeps_apart(self, module: str, entry: str, given: dict[str, Value]) -> Failure | None:
-        """Run `entry(...)(**given)` on several sequences; None if none shows in another.
-
-        Rows are sequences here, and what a call leaves in the cache is found by the next.
-        """
-        self.sequences = True
-        self.ropes = (ROPES, "mlx_lm.models.rope_utils")
-        try:
-            cls = self.global_value(module, entry)
-            if not isinstance(cls, ClassValue):
-                raise Refused("unknown-operation", f"`{entry}` is not a class that can be read")
-            mixer = self.made(cls)
-            self.forward = True
-            for _ in range(_CALLS):
-                before = self.changes
-                self.memo.clear()
-                out = self.call(mixer, (), dict(given))
-                if self.changes == before:
-                    self.check_rows(out)
-                    return None
-            raise Refused("unknown-operation", "states that keep changing their axes")
-        except Refused as problem:
-            return self.failure(problem)
-        except Dead:
-            return self.failure(Refused("unknown-operation", "every path ends in an error"))
-        except RecursionError:
-            return self.failure(Refused("unknown-operation", "calls nest too deeply"))
 
     def made(self, cls: ClassValue) -> Value:
         """An instance, from arguments of which nothing is known."""

@@ -218,17 +218,17 @@ class LibraryCalls(Builtins):
             return Library("op", Tuple((Known(name), *args)))
         if name not in CALLED:
             raise Refused("unknown-operation", f"`{name}` in a mixer")
-        function, reason = CALLED[name]
+        rule = CALLED[name]
         held = more.pop("cache", NONE)
         place = more.pop("cache_index", Known(1))
         if held == STATES and name in KEEPING:
             state = self.read_state(place)
-            found = self.apply(Rule(name, function, reason), args, {**more, "state": state})
+            found = self.apply(rule, args, {**more, "state": state})
             self.keep_state(place, found.items[1] if isinstance(found, Tuple) else NONE)
             return found
         if held != NONE:
             raise Refused("cache-use", f"`{name}` of a state that is not a cache's")
-        return self.apply(Rule(name, function, reason), args, more)
+        return self.apply(rule, args, more)
 
     def call_bound(
         self, name: str, bound: Value, args: Sequence[Value], more: dict[str, Value]
@@ -246,8 +246,7 @@ class LibraryCalls(Builtins):
             assert isinstance(op, Known) and isinstance(routine, Routine)
             given = self.bind(routine, args, more)
             roles = [given[n.value] for n in names if isinstance(n, Known) and n.value in given]
-            function, reason = DECORATING[op.value]
-            return self.apply(Rule(op.value, function, reason), roles, {})
+            return self.apply(DECORATING[op.value], roles, {})
         if name == "row_op":
             assert isinstance(bound, Tuple)
             if not isinstance(bound.items[-1], Routine):  # the decorator is given its function

@@ -17,7 +17,7 @@ from .domain import (
     is_live,
     leads,
 )
-from .rules import Context, array
+from .rules import Context, Rule, array
 from .shapes import describe
 
 Op = Callable[..., Value]
@@ -131,17 +131,18 @@ def _low_rank(
 
 
 CONVOLVE = "convolve"  # a module's own forward, in another form
+
+
+def _rules(**ops: Op) -> dict[str, Rule]:
+    reason = "each sequence's tokens go through its own state"
+    return {name: Rule(name, op, reason) for name, op in ops.items()}
+
+
 # Called in place of a library's function, or of code.
-CALLED: dict[str, tuple[Op, str]] = {
-    "delta_rule": (_delta_rule, "each sequence's tokens go through its own state"),
-    "state_space_dual": (_state_space_dual, "each sequence's tokens go through its own state"),
-    "selective_scan": (_selective_scan, "each sequence's tokens go through its own state"),
-}
+CALLED = _rules(
+    delta_rule=_delta_rule, state_space_dual=_state_space_dual, selective_scan=_selective_scan
+)
 # Of these, ops that can read and keep a state by themselves.
 KEEPING = ("delta_rule",)
 # Decorators of functions of a file; names of its arguments in this order.
-DECORATING: dict[str, tuple[Op, str]] = {
-    "diagonal_scan": (_diagonal, "each sequence's tokens go through its own state"),
-    "lightning_scan": (_lightning, "each sequence's tokens go through its own state"),
-    "low_rank_scan": (_low_rank, "each sequence's tokens go through its own state"),
-}
+DECORATING = _rules(diagonal_scan=_diagonal, lightning_scan=_lightning, low_rank_scan=_low_rank)
