@@ -190,7 +190,14 @@ def decode(options: argparse.Namespace, models: tuple[Stack, Stack], case: str) 
     ours = Ours(models[1], sequences, positions, 1)
     runs = {"mlx_lm": lambda: theirs.run(1), "mlxrewrite": ours.run}
     times = alternate(runs, options.rounds)
-    return {"case": f"decode {case}", **report(times, options), **bounds(times, options, case)}
+    recorder = ours.cache.recorder
+    return {
+        "case": f"decode {case}",
+        **report(times, options),
+        **bounds(times, options, case),
+        "recorded_steps": recorder.replayed,
+        "not_recorded": recorder.lacking,
+    }
 
 
 def decided(options: argparse.Namespace, rows: int, positions: int) -> bool:

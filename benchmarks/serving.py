@@ -1,12 +1,15 @@
 #!/usr/bin/env python3
 """Many requests at once: the engine beside mlx_lm's BatchGenerator, in one process.
 
-    python benchmarks/serving.py [MODEL_DIR] [--json FILE] [--rows N] [--quick]
+    python benchmarks/serving.py [MODEL_DIR] [--model-type NAME] [--json FILE] [--rows N] [--quick]
+                                 [--requests N] [--longest N] [--new N] [--batch-only]
     python benchmarks/serving.py --json FILE --plot PNG
 
-On a GPU, without MODEL_DIR: a Qwen3 of 0.6B parameters with random weights in bfloat16, 64 prompts
-of 16 to 2048 tokens, 128 new tokens each. On the CPU: MODEL_DIR (such as SmolLM2), 16 prompts of 16
-to 160 tokens, 32 new tokens each, and mlx_lm's loop over one request after the other too.
+On a GPU, without MODEL_DIR: a Qwen3 of 0.6B parameters (or another of the types below, about as
+large) with random weights in bfloat16, 64 prompts of 16 to 2048 tokens, 128 new tokens each. On the
+CPU: MODEL_DIR (such as SmolLM2), 16 prompts of 16 to 160 tokens, 32 new tokens each, and mlx_lm's
+loop over one request after the other too. `--batch-only`: nothing but that comparison, not the
+crowd of 256 requests and not the prompts with one beginning.
 
 Everything is greedy, with the same weights and prompts. Each contender runs once to warm up, then
 they take turns; the best run counts. One request after the other runs once, last. Tokens per second
@@ -19,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 import json
 import random
 import statistics
@@ -31,26 +35,79 @@ from typing import Any
 
 import mlx.core as mx
 import mlx_lm
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten
 from mlx_lm.generate import BatchGenerator, generate_step
 from mlxrewrite.runtime.batch_generator import PagedBatchGenerator
 from mlxrewrite.runtime.engine import Engine, Request
 from mlxrewrite.runtime.load import load, rewritten_module
 
 ALONE = "mlx_lm one by one"
+COMMON = {"vocab_size": 32000, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0}
 QWEN3 = {
-    "model_type": "qwen3",
+    **COMMON,
     "hidden_size": 1024,
     "num_hidden_layers": 28,
     "intermediate_size": 3072,
     "num_attention_heads": 16,
     "num_key_value_heads": 8,
     "head_dim": 128,
-    "vocab_size": 32000,
-    "rms_norm_eps": 1e-6,
     "max_position_embeddings": 40960,
-    "rope_theta": 1000000.0,
     "tie_word_embeddings": True,
+}
+# Shapes of mixers as in the published models; depth and width as of a small one.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "qwen3": QWEN3,
+    "qwen3_next": {
+        **QWEN3,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 256,
+        "linear_num_value_heads": 16,
+        "linear_num_key_heads": 8,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "linear_conv_kernel_dim": 4,
+        "num_experts": 0,
+        "num_experts_per_tok": 1,
+        "decoder_sparse_step": 1,
+        "shared_expert_intermediate_size": 512,
+        "moe_intermediate_size": 512,
+        "mlp_only_layers": [],
+        "partial_rotary_factor": 0.25,
+    },
+    "mamba2": {
+        "vocab_size": 32000,
+        "hidden_size": 1024,
+        "num_hidden_layers": 48,
+        "num_heads": 32,
+        "head_dim": 64,
+        "intermediate_size": 2048,
+        "state_size": 128,
+        "n_groups": 1,
+        "conv_kernel": 4,
+        "layer_norm_epsilon": 1e-5,
+        "use_bias": False,
+        "use_conv_bias": True,
+        "tie_word_embeddings": True,
+        "time_step_limit": [0.001, 100.0],
+        "time_step_rank": "auto",
+    },
+    "deepseek_v3": {
+        **COMMON,
+        "hidden_size": 2048,
+        "num_hidden_layers": 16,
+        "intermediate_size": 4096,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "kv_lora_rank": 512,
+        "q_lora_rank": None,
+        "qk_rope_head_dim": 64,
+        "qk_nope_head_dim": 128,
+        "v_head_dim": 128,
+        "max_position_embeddings": 40960,
+        "first_k_dense_replace": 1000,
+    },
 }
 
 
@@ -65,15 +122,14 @@ class Result:
     more: dict[str, float] = field(default_factory=dict)
 
 
-def random_qwen3() -> tuple[Any, Any]:
+def random_model(config: dict[str, Any]) -> tuple[Any, Any]:
     """The original and the rewritten model with the same random weights."""
-    from mlx_lm.models import qwen3
-
+    upstream = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
     mx.random.seed(0)
-    original = qwen3.Model(qwen3.ModelArgs.from_dict(QWEN3))
-    original.update(tree_map(lambda a: a.astype(mx.bfloat16), original.parameters()))
-    module = rewritten_module(QWEN3)
-    rewritten = module.Model(module.ModelArgs.from_dict(QWEN3))
+    original = upstream.Model(upstream.ModelArgs.from_dict(config))
+    original.set_dtype(mx.bfloat16)
+    module = rewritten_module(config)
+    rewritten = module.Model(module.ModelArgs.from_dict(config))
     rewritten.update(original.parameters())
     mx.eval(rewritten.parameters())
     return original, rewritten
@@ -233,6 +289,11 @@ def plot(report: dict[str, Any], file: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", type=Path)
+    parser.add_argument("--model-type", choices=CONFIGS, default="qwen3", help="of random weights")
+    parser.add_argument("--requests", type=int)
+    parser.add_argument("--longest", type=int, help="prompt, in tokens")
+    parser.add_argument("--new", type=int, help="tokens of each request")
+    parser.add_argument("--batch-only", action="store_true", help="no crowd, no shared prompts")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--no-single", action="store_true", help="leave out one by one, on the CPU")
@@ -252,13 +313,17 @@ def main() -> int:
         rewritten.update(original.parameters())  # one copy of the weights in memory
         name, vocabulary = options.model.name, min(1000, original.args.vocab_size)
     elif on_gpu:
-        original, rewritten = random_qwen3()
-        name, vocabulary = "qwen3-0.6b-random-bfloat16", QWEN3["vocab_size"]
+        config = {"model_type": options.model_type, **CONFIGS[options.model_type]}
+        original, rewritten = random_model(config)
+        size = sum(part.size for _, part in tree_flatten(original.parameters())) / 1e9
+        name, vocabulary = f"{options.model_type}-{size:.1f}b-random-bfloat16", config["vocab_size"]
     else:
         parser.error("on the CPU a model folder is needed")
     count, longest, new = (64, 2048, 128) if on_gpu else (16, 160, 32)
     if options.quick:
         count, longest, new = 4, 40, 6
+    count, longest = options.requests or count, options.longest or longest
+    new = options.new or new
     chance = random.Random(1)
     prompts = [
         [chance.randrange(vocabulary) for _ in range(chance.randint(16, longest))]
@@ -301,7 +366,7 @@ def main() -> int:
     mine, upstream = best["mlxrewrite"], best["mlx_lm BatchGenerator"]
     report["ratio"] = round(mine.tokens_per_second / upstream.tokens_per_second, 3)
     report["same_tokens"] = agreement(mine, upstream)
-    if on_gpu or options.quick:
+    if (on_gpu or options.quick) and not options.batch_only:
         many = 256 if not options.quick else 12
         crowd = [
             [chance.randrange(vocabulary) for _ in range(chance.randint(32, min(512, longest)))]
@@ -317,10 +382,11 @@ def main() -> int:
             **result.more,
         }
     length = 64 if options.quick else 2048 if on_gpu else 512
-    report["shared_prompt"] = {
-        "tokens": length,
-        **shared_prompt(rewritten, vocabulary, length, 8 if on_gpu else 4),
-    }
+    if not options.batch_only:
+        report["shared_prompt"] = {
+            "tokens": length,
+            **shared_prompt(rewritten, vocabulary, length, 8 if on_gpu else 4),
+        }
     print(
         f"{name} on {report['device']}: {count} requests, {report['prompt_tokens']} prompt tokens"
     )

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Recurrences of rewritten models beside mlx_lm's own, on the default device, taking turns.
 
-    python benchmarks/states.py [--tiny] [--recorded] [--rounds 7] [--json FILE]
+    python benchmarks/states.py [--tiny] [--recorded] [--sweep] [--rounds 7] [--json FILE]
 
 Decode: one token of 64 sequences, states threaded through 20 steps of one graph. Prefill: 4096
 tokens of one sequence. Times are medians of rounds in which both sides run, in changing order.
@@ -11,21 +11,26 @@ these and takes its fallback in plain ops.
 
 With `--recorded` both sides of decode are `mx.compile`d: no Python between the ops, as in recorded
 steps of the engine. Without it a step of a few microseconds waits for the host. The copies are not,
-since they would become one.
+since they would become one. Prompts are not read in recorded steps, so that they are left out.
+
+`--sweep` looks for the kernels' constants instead: our side alone, each of them changed in turn.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import mlx.core as mx
 from mlx import nn
@@ -34,7 +39,7 @@ from mlx_lm.models.bailing_hybrid import recurrent_gla
 from mlx_lm.models.gated_delta import gated_delta_update
 from mlx_lm.models.mamba import MambaBlock
 from mlx_lm.models.ssm import ssm_update
-from mlxrewrite.kernels import launch
+from mlxrewrite.kernels import launch, low_rank_specs, selective, state_specs
 from mlxrewrite.runtime import recurrences
 
 Step = Callable[[mx.array | None, int, int], tuple[mx.array, mx.array]]
@@ -277,7 +282,7 @@ def decode(
     return Row(
         f"decode {count}: {shape.label}",
         1e3 * got["ours"] / chain,
-        1e3 * got["theirs"] / chain,
+        1e3 * got.get("theirs", math.nan) / chain,
         moved / got["ours"] / 1e9,
         got["copy"] / got["ours"],
     )
@@ -287,7 +292,53 @@ def prefill(shape: Shape, steps: dict[str, Step], length: int, rounds: int) -> R
     sides = {name: lambda step=step: list(step(None, 1, length)) for name, step in steps.items()}
     got = medians(sides, rounds)
     label = f"prefill {length}: {shape.label}"
-    return Row(label, 1e3 * got["ours"], 1e3 * got["theirs"], None, None)
+    return Row(label, 1e3 * got["ours"], 1e3 * got.get("theirs", math.nan), None, None)
+
+
+@dataclass(frozen=True)
+class Knobs:
+    """Constants of a module, with the values that are tried."""
+
+    module: Any
+    values: dict[str, tuple[int, ...]]
+
+    def combinations(self) -> list[dict[str, int]]:
+        return [
+            dict(zip(self.values, chosen, strict=True))
+            for chosen in itertools.product(*self.values.values())
+        ]
+
+
+STEP_KNOBS = Knobs(state_specs, {"ROWS": (2, 4, 8), "MOST_SIMDGROUPS": (2, 4)})
+WKV_KNOBS = Knobs(low_rank_specs, {"NARROW_ROWS": (4, 8, 16)})
+SELECTIVE_KNOBS = Knobs(selective, {"SEQUENCES": (1, 2, 4, 8), "SIMDGROUPS": (2, 4, 8)})
+WALK_KNOBS = (
+    Knobs(selective, {"PART": (4, 8, 16), "AHEAD": (2, 4, 8), "SIMDGROUPS": (2, 4)}),
+    Knobs(selective, {"ENOUGH_SIMDGROUPS": (1024, 2048, 4096, 8192, 16384)}),
+)
+
+
+def swept(*, tiny: bool, rounds: int) -> Iterator[dict[str, Any]]:
+    """Milliseconds of each kernel with each choice of its constants, and of a copy."""
+    count, length, chain = (3, 70, 2) if tiny else (64, 4096, 20)
+    dtype = mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16
+    delta, wkv, mamba = (s.tiny() if tiny else s for s in (DELTA, WKV, MAMBA))
+    made: tuple[tuple[Shape, dict[str, Step], Knobs], ...] = (
+        (delta, delta_steps(delta, dtype, per_channel=False), STEP_KNOBS),
+        (wkv, wkv_steps(wkv, dtype), WKV_KNOBS),
+        (mamba, selective_steps(mamba, dtype), SELECTIVE_KNOBS),
+    )
+    for shape, steps, knobs in made:
+        for chosen in knobs.combinations():
+            with mock.patch.multiple(knobs.module, **chosen):
+                row = decode(shape, {"ours": steps["ours"]}, count, chain, rounds, recorded=True)
+            yield {"case": row.op, **chosen, "ms": row.ours, "copy": row.copy_share}
+    steps = {"ours": selective_steps(mamba, dtype)["ours"]}
+    for knobs in WALK_KNOBS:
+        for chosen in knobs.combinations():
+            with mock.patch.multiple(knobs.module, **chosen):
+                row = prefill(mamba, steps, length, rounds)
+            yield {"case": row.op, **chosen, "ms": row.ours}
 
 
 def table(rows: list[Row]) -> str:
@@ -317,7 +368,8 @@ def measure(*, tiny: bool, recorded: bool, rounds: int) -> list[Row]:
         shape = whole.tiny() if tiny else whole
         steps = make(shape)
         rows.append(decode(shape, steps, count, chain, rounds, recorded=recorded))
-        rows.append(prefill(shape, steps, length, min(rounds, 3)))
+        if not recorded:
+            rows.append(prefill(shape, steps, length, min(rounds, 3)))
     return rows
 
 
@@ -325,9 +377,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="small sizes, for a CPU")
     parser.add_argument("--recorded", action="store_true", help="without Python between the ops")
+    parser.add_argument("--sweep", action="store_true", help="try other constants of the kernels")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.sweep:
+        found = []
+        for tried in swept(tiny=options.tiny, rounds=options.rounds):
+            found.append(tried)
+            print(json.dumps(tried), flush=True)
+        if options.json is not None:
+            options.json.write_text(json.dumps(found, indent=1) + "\n")
+        return 0
     rows = measure(tiny=options.tiny, recorded=options.recorded, rounds=options.rounds)
     print(f"{mx.default_device()}, kernels: {launch.active() or 'none (plain ops)'}")
     print(table(rows))

@@ -8,7 +8,9 @@ from typing import ClassVar
 import mlx.core as mx
 
 from .specs import KernelSpec
-from .state_specs import dtype_name
+from .state_specs import ROWS, dtype_name, shares
+
+NARROW_ROWS = 8  # of a simdgroup, where a row is two floats a lane
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +38,7 @@ class LowRankStepSpec(KernelSpec):
 
 def low_rank_step_spec(q: mx.array, v: mx.array) -> LowRankStepSpec:
     """The kernel for one token: narrow rows are taken more at a time, for loads in flight."""
-    rows = 8 if q.shape[-1] <= 64 else 4
-    simdgroups = next(s for s in (4, 2, 1) if v.shape[-1] % (rows * s) == 0)
+    rows, simdgroups = shares(v.shape[-1], NARROW_ROWS if q.shape[-1] <= 64 else ROWS)
     return LowRankStepSpec(
         rows_dtype=dtype_name(q.dtype),
         state_dtype="float32",

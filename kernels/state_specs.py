@@ -9,6 +9,9 @@ import mlx.core as mx
 
 from .specs import DTYPES, KernelSpec
 
+ROWS = 4  # of a simdgroup in a step: loads in flight
+MOST_SIMDGROUPS = 4
+
 
 @dataclass(frozen=True, slots=True)
 class StateStepSpec(KernelSpec):
@@ -58,12 +61,22 @@ def supports(q: mx.array, k: mx.array, v: mx.array, state: mx.array) -> str | No
     return None
 
 
+def shares(value_dim: int, rows: int) -> tuple[int, int]:
+    """How many value rows a simdgroup holds, and how many simdgroups a threadgroup has: whole
+    threadgroups cover a head."""
+    while value_dim % rows:
+        rows //= 2
+    simdgroups = MOST_SIMDGROUPS
+    while value_dim % (rows * simdgroups):
+        simdgroups //= 2
+    return rows, simdgroups
+
+
 def state_step_spec(
     q: mx.array, k: mx.array, v: mx.array, *, per_channel: bool, delta: bool
 ) -> StateStepSpec:
-    """The kernel for one token. Rows of a simdgroup are loads in flight."""
-    rows = 4
-    simdgroups = next(s for s in (4, 2, 1) if v.shape[-1] % (rows * s) == 0)
+    """The kernel for one token."""
+    rows, simdgroups = shares(v.shape[-1], ROWS)
     return StateStepSpec(
         rows_dtype=dtype_name(q.dtype),
         state_dtype="float32",
