@@ -73,7 +73,23 @@ def state_space_dual(
 
     x [N, L, H, P]; A_log, D, dt_bias [H]; B, C [N, L, G, S]; dt [N, L, H]; state [N, H, P, S].
     """
-    step = mx.clip(nn.softplus(dt.astype(mx.float32) + dt_bias), *limits)
+    y, state = dual_rule(x, A_log, B, C, dual_steps(dt, dt_bias, limits), state)
+    return dual_skipped(y, x, D), state
+
+
+def dual_steps(dt: mx.array, dt_bias: mx.array, limits: tuple[float, float]) -> mx.array:
+    """How far each head of a token goes, float32: a step of 0 changes nothing."""
+    return mx.clip(nn.softplus(dt.astype(mx.float32) + dt_bias), *limits)
+
+
+def dual_rule(
+    x: mx.array, A_log: mx.array, B: mx.array, C: mx.array, step: mx.array, state: mx.array | None
+) -> tuple[mx.array, mx.array]:
+    """Mamba-2's recurrence with the steps that its tokens take, [N, L, H]."""
     decay = -mx.exp(A_log.astype(mx.float32)) * step
-    y, state = linear_rule(C, B, x * step[..., None], decay, state)
-    return (y + x * D[:, None]).astype(x.dtype), state
+    return linear_rule(C, B, x * step[..., None], decay, state)
+
+
+def dual_skipped(y: mx.array, x: mx.array, D: mx.array) -> mx.array:
+    """The recurrence's outputs and what goes past it, in the type of x."""
+    return (y + x * D[:, None]).astype(x.dtype)

@@ -11,7 +11,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import mlx.core as mx
 import numpy as np
@@ -140,17 +140,43 @@ def per_length(method: _Method | None = None, /, **ranks: int | tuple[int, ...])
 
 
 def _per_length(method: _Method, ranks: dict[str, int | tuple[int, ...]]) -> _Method:
+    views_of = proved_views(method, ranks)
+
+    @functools.wraps(method)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        views = views_of(args, kwargs)
+        if not views:
+            return method(*args, **kwargs)
+        batch = views[0].batch
+        groups = groups_of(batch, views)
+        results = []
+        for group in groups:
+            gather = Gather(batch, group)
+            with apart():
+                results.append(method(args[0], *gather(args[1:]), **gather(kwargs)))
+        return rows_of(results, groups, batch.num_rows, method)
+
+    return run
+
+
+def proved_views(
+    method: _Method, ranks: dict[str, int | tuple[int, ...]]
+) -> Callable[[Sequence[Any], dict[str, Any]], tuple[View, ...]]:
+    """What looks at the arguments of each call of a mixer and finds their views.
+
+    None outside of steps, where the method runs as it is. Raises RuntimeRefusal inside if there is
+    none, and TypeError for arguments that the compiler's proof says nothing of.
+    """
     _, first, *others = inspect.signature(method).parameters
     allowed = {name: _tuple(ranks.get(name, ())) for name in others}
     allowed[first] = _tuple(ranks.get(first, 3))
     names = (first, *others)
 
-    @functools.wraps(method)
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def views_of(args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[View, ...]:
         views = tuple(find_views((args[1:], kwargs)))
         if not views:
             require_no_step(method)
-            return method(*args, **kwargs)
+            return ()
         if type(args[0]).__module__ != method.__module__:
             raise TypeError(
                 f"{method.__qualname__} was proved to keep sequences apart, but not in "
@@ -163,16 +189,9 @@ def _per_length(method: _Method, ranks: dict[str, int | tuple[int, ...]]) -> _Me
                     f"{method.__qualname__} was proved to keep sequences apart, but not for "
                     f"{name} = {shown!r}"
                 )
-        batch = views[0].batch
-        groups = groups_of(batch, views)
-        results = []
-        for group in groups:
-            gather = Gather(batch, group)
-            with apart():
-                results.append(method(args[0], *gather(args[1:]), **gather(kwargs)))
-        return rows_of(results, groups, batch.num_rows, method)
+        return views
 
-    return run
+    return views_of
 
 
 def _tuple(ranks: int | tuple[int, ...]) -> tuple[int, ...]:
@@ -249,16 +268,12 @@ class Gather:
         if value is self.batch.positions:
             # Another array object in either case: code may add to it in place.
             return mx.array(value if group.single else group.positions)
-        if value.ndim == 0 or value.shape[0] != total:
+        sort = sort_of(value, total)
+        if sort == "other":
             return value
         count, length = len(group.sequences), group.length
-        if value.ndim == 1 and mx.issubdtype(value.dtype, mx.integer):
+        if sort == "numbers":
             return value if group.single else value[mx.array(group.first)]
-        if value.ndim == 1 or value.shape[1] != 1:
-            raise TypeError(
-                f"cannot tell how an array of shape {list(value.shape)} splits into sequences: "
-                f"expected [{total}, 1, ...]"
-            )
         rows = value
         if group.rows is not None:
             start, stop = int(group.rows[0]), int(group.rows[-1]) + 1
@@ -267,6 +282,21 @@ class Gather:
         if value.shape[1:] == (1, 1, 1):
             return rows.reshape(count, 1, length, 1)
         return rows.reshape(count, length, *value.shape[2:])
+
+
+def sort_of(value: mx.array, total: int) -> Literal["rows", "numbers", "other"]:
+    """What an argument is in a batch of `total` rows: rows [T, 1, ...], an integer for each [T], or
+    nothing of the rows'. Raises TypeError for an array of so many rows that is neither."""
+    if value.ndim == 0 or value.shape[0] != total:
+        return "other"
+    if value.ndim == 1 and mx.issubdtype(value.dtype, mx.integer):
+        return "numbers"
+    if value.ndim == 1 or value.shape[1] != 1:
+        raise TypeError(
+            f"cannot tell how an array of shape {list(value.shape)} splits into sequences: "
+            f"expected [{total}, 1, ...]"
+        )
+    return "rows"
 
 
 def rows_of(

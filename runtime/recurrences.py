@@ -14,7 +14,8 @@ from mlxrewrite.kernels import delta, linear, low_rank, scan, selective
 from mlxrewrite.kernels.depthwise import MOST_TAPS, depthwise
 
 from .errors import RuntimeRefusal
-from .row_states import by_length
+from .row_runs import over_rows
+from .row_states import require_sequences
 from .views import HeldState, NewState
 
 __all__ = [
@@ -26,6 +27,9 @@ __all__ = [
     "selective_scan",
     "state_space_dual",
 ]
+
+
+State = mx.array | HeldState | None
 
 
 def convolve(x: mx.array, module: Any) -> mx.array:
@@ -51,7 +55,7 @@ def delta_rule(
     b: mx.array,
     A_log: mx.array,
     dt_bias: mx.array,
-    state: mx.array | None = None,
+    state: State = None,
     mask: mx.array | None = None,
     *,
     use_kernel: bool = True,
@@ -59,12 +63,13 @@ def delta_rule(
     allow_neg_eigval: bool = False,
     cache: Any = None,
     cache_index: int = 1,
-) -> tuple[mx.array, mx.array]:
+) -> tuple[mx.array, Any]:
     """`mlx_lm.models.gated_delta.gated_delta_update`, without padding: chunks, or one token.
 
     q, k [N, L, Hk, Dk]; v [N, L, Hv, Dv]; a [N, L, Hv] or, with a decay for each channel,
     [N, L, Hv, Dk]; b [N, L, Hv]; state [N, Hv, Dv, Dk] float32. With a cache, the state is entry
-    `cache_index` of it, before and after; ValueError if one is given as well.
+    `cache_index` of it, before and after; ValueError if one is given as well. With a state in a
+    paged cache q, k, v, a and b are rows [T, 1, ...].
     """
     _no_padding(mask)
     if cache is not None:
@@ -78,7 +83,17 @@ def delta_rule(
     log_decay, beta = delta.delta_gates(
         a, b, A_log, dt_bias, lower_bound=lower_bound, allow_neg_eigval=allow_neg_eigval
     )
-    return delta.delta_rule(q, k, v, log_decay, beta, state, kernels=use_kernel)
+    if not isinstance(state, HeldState):
+        require_sequences(delta_rule, state)
+        return delta.delta_rule(q, k, v, log_decay, beta, state, kernels=use_kernel)
+
+    def over(rows: Sequence[mx.array], state: mx.array | None) -> tuple[mx.array, mx.array]:
+        query, key, value, decay, strength = rows
+        return delta.delta_rule(query, key, value, decay, strength, state, kernels=use_kernel)
+
+    # Nothing decays (a logarithm of 0), and nothing is written, whatever keys and values are.
+    rows = (q, None), (k, None), (v, None), (log_decay, 0.0), (beta, 0.0)
+    return over_rows(state, rows, delta_rule, over)
 
 
 def state_space_dual(
@@ -89,19 +104,31 @@ def state_space_dual(
     D: mx.array,
     dt: mx.array,
     dt_bias: mx.array,
-    state: mx.array | None = None,
+    state: State = None,
     time_step_limit: tuple[float, float] = (0.001, 100.0),
     mask: mx.array | None = None,
     lengths: mx.array | None = None,
-) -> tuple[mx.array, mx.array]:
+) -> tuple[mx.array, Any]:
     """`mlx_lm.models.ssm.ssm_update`, without padding: chunks, or one token.
 
-    hidden_states [N, L, H, P]; B, C [N, L, G, S]; dt [N, L, H]; state [N, H, P, S] float32.
+    hidden_states [N, L, H, P]; B, C [N, L, G, S]; dt [N, L, H]; state [N, H, P, S] float32. With a
+    state in a paged cache all of them are rows [T, 1, ...].
     """
     _no_padding(mask)
     _no_padding(lengths)
-    return linear.state_space_dual(hidden_states, A_log, B, C, D, dt, dt_bias, state,
-                                   time_step_limit)  # fmt: skip
+    if not isinstance(state, HeldState):
+        require_sequences(state_space_dual, state)
+        return linear.state_space_dual(hidden_states, A_log, B, C, D, dt, dt_bias, state,
+                                       time_step_limit)  # fmt: skip
+
+    def over(rows: Sequence[mx.array], state: mx.array | None) -> tuple[mx.array, mx.array]:
+        x, entering, leaving, step = rows
+        return linear.dual_rule(x, A_log, entering, leaving, step, state)
+
+    steps = linear.dual_steps(dt, dt_bias, time_step_limit)
+    rows = (hidden_states, None), (B, None), (C, None), (steps, 0.0)
+    y, last = over_rows(state, rows, state_space_dual, over)
+    return linear.dual_skipped(y, hidden_states, D), last
 
 
 def selective_scan(
@@ -111,14 +138,22 @@ def selective_scan(
     B: mx.array,
     C: mx.array,
     D: mx.array,
-    state: mx.array | None = None,
-) -> tuple[mx.array, mx.array]:
+    state: State = None,
+) -> tuple[mx.array, Any]:
     """In place of h <- h e^(delta A) + delta x B, y = sum(h C) + D x, token by token.
 
     x, delta [N, L, M]; A [M, S]; B, C [N, L, S]; D [M]; state [N, M, S], float32 when it comes
-    back, None for zeros.
+    back, None for zeros. With a state in a paged cache x, delta, B and C are rows [T, 1, ...].
     """
-    return selective.selective_scan(x, delta, A, B, C, D, state)
+    if not isinstance(state, HeldState):
+        require_sequences(selective_scan, state)
+        return selective.selective_scan(x, delta, A, B, C, D, state)
+
+    def over(rows: Sequence[mx.array], state: mx.array | None) -> tuple[mx.array, mx.array]:
+        inputs, steps, entering, leaving = rows
+        return selective.selective_scan(inputs, steps, A, entering, leaving, D, state)
+
+    return over_rows(state, ((x, None), (delta, 0.0), (B, None), (C, None)), selective_scan, over)
 
 
 _Function = Callable[..., Any]
@@ -128,9 +163,22 @@ def diagonal_scan(x: str, a: str, h: str) -> Callable[[_Function], _Function]:
     """In place of a function that computes h <- a h + x token by token.
 
     The arguments are the function's names of x and a [N, L, D] and of the state [N, D] before the
-    first token, None for zeros. It returns all h, and the last one.
+    first token, None for zeros. It returns all h, and the last one. With a state in a paged cache
+    they are rows [T, 1, D].
     """
-    return _replaced(lambda given, _: scan.diagonal(given[x], given[a], given[h]))
+
+    def run(given: dict[str, Any], function: _Function) -> tuple[mx.array, Any]:
+        inputs, factors, state = given[x], given[a], given[h]
+        if not isinstance(state, HeldState):
+            require_sequences(function, state)
+            return scan.diagonal(inputs, factors, state)
+        return over_rows(state, ((inputs, 0.0), (factors, 1.0)), function, over)
+
+    def over(rows: Sequence[mx.array], state: mx.array | None) -> tuple[mx.array, mx.array]:
+        inputs, factors = rows
+        return scan.diagonal(inputs, factors, state)
+
+    return _replaced(run)
 
 
 def lightning_scan(
@@ -140,20 +188,32 @@ def lightning_scan(
 
     The arguments are the function's names of q, k [N, H, L, K], v [N, H, L, V], g [H], the scale
     and the state [N, H, K, V] before the first token, None for zeros. It returns y [N, H, L, V] in
-    the type of q, and the last state in float32.
+    the type of q, and the last state in float32. With a state in a paged cache q, k and v are rows
+    [T, H, 1, ...].
 
     `compared`: the function was recognised by how it takes one token. What it does with more is
     compared with the recurrence when it is first called.
     """
 
-    def run(given: dict[str, Any], function: _Function) -> tuple[mx.array, mx.array]:
+    def run(given: dict[str, Any], function: _Function) -> tuple[mx.array, Any]:
         queries, keys, values = (given[name].swapaxes(1, 2) for name in (q, k, v))
         decay = mx.broadcast_to(given[g].astype(mx.float32), queries.shape[:3])
-        state = given[h]
+        queries, state = queries * given[scale], given[h]
+        last: mx.array | NewState
+        if isinstance(state, HeldState):
+            rows = (queries, None), (keys, 0.0), (values, None), (decay, 0.0)
+            y, last = over_rows(state, rows, function, over)
+        else:
+            require_sequences(function, state)
+            y, last = over((queries, keys, values, decay), state)
+        return y.swapaxes(1, 2).astype(given[q].dtype), last
+
+    def over(rows: Sequence[mx.array], state: mx.array | None) -> tuple[mx.array, mx.array]:
         if state is not None:
             state = state.astype(mx.float32).swapaxes(-1, -2)
-        y, state = linear.linear_rule(queries * given[scale], keys, values, decay, state)
-        return y.swapaxes(1, 2).astype(given[q].dtype), state.swapaxes(-1, -2)
+        query, key, value, decay = rows
+        y, last = linear.linear_rule(query, key, value, decay, state)
+        return y, last.swapaxes(-1, -2)
 
     names = (q, k, v, g, scale, h)
     compare = functools.partial(compare_lightning, names) if compared else None
@@ -175,9 +235,12 @@ def low_rank_scan(
         if any(x.ndim != 4 for x in rows):
             shapes = ", ".join(str(list(x.shape)) for x in rows)
             raise TypeError(f"expected rows [N, L, heads, width], got {shapes}")
-        if isinstance(given[h], HeldState):
-            return by_length(given[h], rows, function, over)
-        return over(rows, given[h])
+        if not isinstance(given[h], HeldState):
+            require_sequences(function, given[h])
+            return over(rows, given[h])
+        # A factor of 1 keeps, and nothing is written along b or along k.
+        fills = None, 1.0, 0.0, None, None, 0.0
+        return over_rows(given[h], tuple(zip(rows, fills, strict=True)), function, over)
 
     def over(rows: Sequence[mx.array], state: mx.array | None) -> tuple[mx.array, mx.array]:
         query, decay, key, value, reading, writing = rows

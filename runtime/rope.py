@@ -5,14 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
 from mlx import nn
 from mlx_lm.models import rope_utils
 
-__all__ = ["RaggedDynamicNTK", "apart", "in_step", "initialize_rope", "sequence_ends"]
+__all__ = [
+    "RaggedDynamicNTK",
+    "apart",
+    "in_step",
+    "initialize_rope",
+    "positions_are",
+    "sequence_ends",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +53,17 @@ def in_step() -> bool:
 def apart() -> Iterator[None]:
     """While code runs on the rows of single sequences, as in their own models."""
     token = _STEP.set(None)
+    try:
+        yield
+    finally:
+        _STEP.reset(token)
+
+
+@contextmanager
+def positions_are(positions: mx.array) -> Iterator[None]:
+    """While code has this copy of the step's positions, which it may add to in place."""
+    step = _STEP.get()
+    token = _STEP.set(None if step is None else replace(step, positions=positions))
     try:
         yield
     finally:

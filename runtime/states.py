@@ -91,8 +91,19 @@ class StateTable:
         rows = held[0].rows
         if rows.members == sequences:
             return rows.states
-        parts = [_taken(rows, places) for rows, places in _runs(held)]
-        return parts[0] if len(parts) == 1 else mx.concatenate(parts)
+        runs = list(_runs(held))
+        arrays = {id(rows): rows for rows, _ in runs}
+        if len(runs) == len(arrays):
+            parts = [_taken(rows, places) for rows, places in runs]
+            return parts[0] if len(parts) == 1 else mx.concatenate(parts)
+        # Sequences of a few arrays in turn: one gather from each, and one that puts them in order.
+        parts, order = [], []
+        for number, rows in arrays.items():
+            mine = [i for i, slot in enumerate(held) if id(slot.rows) == number]
+            parts.append(_taken(rows, [held[i].place for i in mine]))
+            order += mine
+        places = np.argsort(np.array(order)).astype(np.int32)
+        return mx.take(mx.concatenate(parts), mx.array(places), axis=0)
 
     def writes(self, index: int) -> int:
         """How often array `index` was written, of any sequences."""

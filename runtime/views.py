@@ -266,6 +266,11 @@ class StateView(View):
                 f"{type(value).__name__}: its mixer must be marked `per_length` or "
                 "`per_sequence`, or store what an op of the runtime returned"
             )
+        held = value.held
+        if held is not None and (held.view.table is not self.table or held.place != place):
+            raise TypeError(
+                f"what became of {held!r} was stored as state {place} of cache entry {self.entry}"
+            )
         for sequences, states in value.parts(self.batch):
             self.table.write(place, sequences, states)
 
@@ -297,8 +302,8 @@ class HeldState(Opaque):
 
     def begun(self) -> tuple[bool, ...]:
         """Which of the batch's sequences have a state."""
-        table = self.view.table
-        return tuple(table.holds(part.sequence)[self.place] is not None for part in self.batch.rows)
+        sequences = tuple(part.sequence for part in self.batch.rows)
+        return self.view.table.known(self.place, sequences)
 
     def read(self, sequences: tuple[int, ...]) -> mx.array | None:
         """States [n, ...] of sequences that have one, None of sequences that have none.
@@ -318,13 +323,17 @@ States = Iterable[tuple[tuple[int, ...], mx.array]]
 
 
 class NewState(Opaque):
-    """A state after the step, to be stored in a cache: for some sequences at a time, [n, ...]."""
+    """A state after the step, to be stored in a cache: for some sequences at a time, [n, ...].
 
-    __slots__ = ("parts",)
+    `held` is the state before the step that it was made of: it may only be stored in its place.
+    """
+
+    __slots__ = ("held", "parts")
     _rule: ClassVar[str] = "a new state may only be stored in a cache"
 
-    def __init__(self, parts: Callable[[Batch], States]) -> None:
+    def __init__(self, parts: Callable[[Batch], States], held: HeldState | None = None) -> None:
         self.parts = parts
+        self.held = held
 
 
 class ListView(View):

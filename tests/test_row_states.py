@@ -27,6 +27,7 @@ from mlxrewrite.runtime.batch import Batch
 from mlxrewrite.runtime.cache import PagedCache
 from mlxrewrite.runtime.caches import ArraysCache
 from mlxrewrite.runtime.compare import compare, original_logits, rewritten_logits
+from mlxrewrite.runtime.row_runs import Runs
 from mlxrewrite.runtime.row_states import last_of_sequences, shifted_rows
 from mlxrewrite.runtime.rows import Rows
 from mlxrewrite.runtime.schedule import random_schedule
@@ -234,15 +235,14 @@ def _new_sequences_begin_with_another_s_state(patch):
     patch.setattr(row_states.Origins, "of", of)
 
 
-def _groups_in_the_wrong_order(patch):
-    plain = row_states.rows_of
+def _outputs_in_the_order_of_runs(patch):
+    plain = Runs.of
 
-    def rows_of(results, groups, total, method):
-        whole = [replace(group, rows=None) for group in groups]
-        found = [plain([r], (g,), total, method) for r, g in zip(results, whole, strict=True)]
-        return mx.concatenate(found)
+    def of(parts, begun):
+        made = plain(parts, begun)
+        return replace(made, order=None if made.order is None else mx.sort(made.order))
 
-    patch.setattr(row_states, "rows_of", rows_of)
+    patch.setattr(Runs, "of", of)
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ def _groups_in_the_wrong_order(patch):
     [
         _last_rows_of_the_batch,
         _new_sequences_begin_with_another_s_state,
-        _groups_in_the_wrong_order,
+        _outputs_in_the_order_of_runs,
     ],
 )
 def test_seeded_bugs_are_seen(bug, monkeypatch):
