@@ -9,15 +9,24 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lazy_kernels import lazy_kernels
+from mlx import nn
 from mlxrewrite.runtime import recurrences, row_runs, row_states
 from mlxrewrite.runtime.batch import Batch
+from mlxrewrite.runtime.cache import PagedCache
 from mlxrewrite.runtime.caches import ArraysCache
+from mlxrewrite.runtime.compare import compare, original_logits, rewritten_logits
 from mlxrewrite.runtime.errors import RuntimeRefusal
+from mlxrewrite.runtime.rope import initialize_rope, sequence_ends
 from mlxrewrite.runtime.row_runs import Run, Runs, together
-from mlxrewrite.runtime.row_states import window_state, windows
+from mlxrewrite.runtime.row_states import RowStates, on_rows, window_state, windows
 from mlxrewrite.runtime.rows import Rows
+from mlxrewrite.runtime.schedule import random_schedule
 from mlxrewrite.runtime.states import StateTable
-from mlxrewrite.runtime.views import StateLeaf, StateView
+from mlxrewrite.runtime.views import HeldState, StateLeaf, StateView
+from mlxrewrite.runtime.weights import randomise
+from runtime_models import states_on_rows
+from test_recorded import same_as_unrecorded
 
 DTYPES = {"float32": (mx.float32, 2e-5), "bfloat16": (mx.bfloat16, 8e-3)}
 HEADS, WIDTH, VALUES, GROUPS, TAPS = 4, 8, 6, 2, 3
@@ -228,15 +237,15 @@ def test_what_is_not_finite_stays_in_its_sequence(name):
     make, call = RULES[name]
     parts, draw = ((0, 6), (1, 9), (2, 1), (3, 1)), Draw(0, mx.float32)
     arrays = make(draw, 17)
-    bad = mx.array(np.isin(np.arange(17), [5, 15]))  # the last of the first, and one alone
+    bad = mx.array(np.isin(np.arange(17), [6, 15]))  # what is behind the first, and one alone
     broken = [mx.where(bad.reshape(17, *(1,) * (x.ndim - 1)), mx.inf, x) for x in arrays]
     found = []
     for given_rows in (arrays, broken):
         table = StateTable(1)
         cache = view(parts, table)
         y, cache[0] = call(*given_rows, cache[0])
-        found.append((y, table.read(0, (1, 3))))
-    rows = mx.array([*range(6, 15), 16])
+        found.append((y, table.read(0, (0, 3))))
+    rows = mx.array([*range(6), 16])
     assert mx.array_equal(*(y[rows] for y, _ in found))
     assert mx.array_equal(*(states for _, states in found))
 
@@ -410,3 +419,146 @@ def test_rows_without_their_states_are_refused(name, monkeypatch):
     monkeypatch.setattr(row_states, "in_step", lambda: True)
     with pytest.raises(RuntimeRefusal, match="NoneType in place of their states"):
         call(*arrays, None)
+
+
+# ------------------------------------------------------------------------------------------- mixers
+
+PROMPTS = ((70, 3), (1, 5), (130, 2), (9, 6), (64, 2), (2, 4), (65, 3), (3, 3))
+
+
+def model(dtype=mx.float32) -> states_on_rows.Model:
+    made = states_on_rows.Model(states_on_rows.ModelArgs())
+    randomise(made, 3)
+    made.set_dtype(dtype)
+    return made
+
+
+def run_model(dtype=mx.float32):
+    made = model(dtype)
+    schedule = random_schedule(2, PROMPTS, 61, 90)
+    cache = PagedCache(made, 4, num_blocks=200, poison=True)
+    theirs = original_logits(states_on_rows.Alone(made), schedule, "same")
+    return compare(theirs, rewritten_logits(cache, schedule))
+
+
+def test_mixers_on_rows_follow_each_sequence():
+    result = run_model()
+    assert result.within(1e-4), result
+
+
+def test_mixers_on_rows_follow_each_sequence_in_bfloat16():
+    result = run_model(mx.bfloat16)
+    assert result.finite and result.max_delta <= 0.1 * result.spread, result
+
+
+@pytest.mark.parametrize("bug", [*BUGS, _rows_before_a_sequence, _states_a_row_late])
+def test_seeded_bugs_are_seen_in_models(bug, monkeypatch):
+    bug(monkeypatch)
+    try:
+        assert not run_model().within(1e-3)
+    except RuntimeError as problem:
+        assert "with and without" in str(problem)
+
+
+def test_a_mixer_runs_once_a_step(monkeypatch):
+    """Two layers of each kind: every projection once, however many lengths there are."""
+    made, calls, forward = model(), [], nn.Linear.__call__
+    count = sum(isinstance(m, nn.Linear) for m in made.modules())
+    monkeypatch.setattr(nn.Linear, "__call__", lambda s, x: calls.append(x) or forward(s, x))
+    cache = PagedCache(made, 4, num_blocks=60)
+    names = [cache.add_sequence() for _ in range(5)]
+    cache.step({name: [1] * (1 + 7 * i) for i, name in enumerate(names)}, logit_rows="all")
+    assert len(calls) == count and {x.shape[:2] for x in calls} == {(75, 1)}
+
+
+def test_steps_of_mixers_on_rows_are_recorded():
+    with lazy_kernels():
+        recorder = same_as_unrecorded(model(), 1)
+    assert recorder.lacking is None
+    assert recorder.replayed >= 6
+    assert recorder.recorded
+
+
+class _Scaled(nn.Module):
+    """A mixer that depends on where its rows stand, and that adds to positions in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[object] = []
+        self.rope = initialize_rope(
+            8, 10000.0, False, {"type": "dynamic", "factor": 2.0}, max_position_embeddings=4
+        )
+
+    @on_rows(offset=1)
+    def __call__(self, x, mask=None, cache=None, offset=None):
+        self.seen = [mask, cache, list(cache) if cache is not None else None]
+        y = self.rope(x[:, None], offset=offset)[:, 0] if offset is not None else x
+        if offset is not None:
+            offset += 1
+        return y
+
+
+class _Returning(nn.Module):
+    @on_rows
+    def __call__(self, x, result=None, cache=None):
+        return {0: x, 1: x.swapaxes(0, 1), 2: (x, [x, None]), 3: cache[0], 4: None}[result]
+
+
+def test_what_a_mixer_on_rows_is_given():
+    cache, x = view([(0, 3), (1, 1)], StateTable(2)), mx.random.normal((4, 1, 8))
+    positions = cache.batch.positions
+    positions += mx.array([4, 5, 6, 0])
+    ends = mx.array([7, 7, 7, 1])
+    mixer, mask = _Scaled(), cache.make_mask(1)
+    with sequence_ends(positions, ends):
+        got = mixer(x, mask, cache, offset=cache.offset)
+        want = mixer.rope(x[:, None], offset=positions)[:, 0]
+    assert mx.array_equal(got, want)
+    assert positions.tolist() == [4, 5, 6, 0]
+    none, states, entries = mixer.seen
+    assert none is None and isinstance(states, RowStates) and isinstance(states, ArraysCache)
+    assert states and states.lengths is None and states.left_padding is None
+    assert states.advance(1) is None and states.make_mask(1) is None
+    assert [type(entry) for entry in entries] == [HeldState] * 2
+    with pytest.raises(TypeError, match="was set to array"):
+        states[0] = x
+    with pytest.raises(IndexError, match="state 2 of 2"):
+        states[2]
+
+
+def test_arguments_that_the_proof_is_not_for_are_refused():
+    cache, x, mixer = view([(0, 4)], StateTable(1)), mx.zeros((4, 1, 8)), _Scaled()
+    for arguments in ((x, x, cache), (x[None], None, cache), (x, [cache], cache)):
+        with pytest.raises(TypeError, match="was proved to keep sequences apart, but not for"):
+            mixer(*arguments)
+    other = type("Other", (_Scaled,), {"__module__": "elsewhere"})
+    with pytest.raises(TypeError, match="Other of another file"):
+        other()(x, None, cache)
+    with pytest.raises(TypeError, match="cannot tell how an array of shape"):
+        mixer(mx.zeros((4, 2, 8)), None, cache)
+    step = sequence_ends(cache.batch.positions, mx.ones(4))
+    with step, pytest.raises(RuntimeRefusal, match="called without a cache"):
+        mixer(x)
+    assert mx.array_equal(mixer(x), x)
+
+
+def test_results_are_rows():
+    cache, x, mixer = view([(0, 4)], StateTable(1)), mx.random.normal((4, 1, 8)), _Returning()
+    assert mixer(x, 0, cache) is x and mixer(x, 2, cache) == (x, [x, None])
+    assert mixer(x, 4, cache) is None
+    for result, shown in ((1, r"got \[1, 4, 8\]"), (3, "got HeldState")):
+        with pytest.raises(TypeError, match=shown):
+            mixer(x, result, cache)
+
+
+def test_a_mixer_on_rows_may_not_run_as_if_each_row_were_a_sequence():
+    """An op that is given no state inside one is refused, also where no step is under way."""
+
+    class Forgetful(nn.Module):
+        @on_rows
+        def __call__(self, x, cache=None):
+            return windows(mx.zeros((x.shape[0], TAPS, x.shape[2])), x, TAPS)[:, -1:]
+
+    with pytest.raises(RuntimeRefusal, match="array in place of their states"):
+        Forgetful()(mx.zeros((4, 1, 8)), view([(0, 4)], StateTable(1)))
+    assert row_states._RUNNING.get() is False

@@ -93,6 +93,17 @@ def test_rows_stay_where_they_are_while_the_batch_does():
     assert table.read(0, (7,)).tolist() == [[3, 4]]
 
 
+def test_sequences_of_two_arrays_in_turn_are_few_gathers(monkeypatch):
+    """However many sequences there are: one from each array, and one that orders them."""
+    table, calls, take = StateTable(1), [], mx.take
+    table.write(0, tuple(range(0, 20, 2)), mx.arange(0, 20, 2)[:, None])
+    table.write(0, tuple(range(1, 20, 2)), mx.arange(1, 20, 2)[:, None])
+    monkeypatch.setattr(mx, "take", lambda *a, **named: calls.append(a) or take(*a, **named))
+    wanted = [7, 2, 3, 4, 19, 0, 1, 6]
+    assert table.read(0, tuple(wanted)).tolist() == [[n] for n in wanted]
+    assert len(calls) == 3
+
+
 def test_a_sequence_that_waits_does_not_keep_the_batch_in_memory():
     table = StateTable(1)
     table.write(0, tuple(range(8)), mx.zeros((8, 100)))
