@@ -15,7 +15,7 @@ from mlxrewrite.kernels.depthwise import MOST_TAPS, depthwise
 
 from .errors import RuntimeRefusal
 from .row_runs import over_rows
-from .row_states import require_sequences
+from .row_states import require_row_of_each, require_sequences
 from .views import HeldState, NewState
 
 __all__ = [
@@ -35,8 +35,13 @@ State = mx.array | HeldState | None
 def convolve(x: mx.array, module: Any) -> mx.array:
     """`module(x)`, where depthwise convolutions of a few taps take a form made for ragged batches.
 
-    x [N, K - 1 + L, C] -> [N, L, C] for these; everything else is the module's own forward.
+    x [N, K - 1 + L, C] -> [N, L, C] for these; everything else is the module's own forward. On
+    rows x are their windows [T, K, C]: TypeError for a module that makes other than a row of each.
     """
+    return require_row_of_each(_convolved(x, module), convolve)
+
+
+def _convolved(x: mx.array, module: Any) -> mx.array:
     if type(module) is not nn.Conv1d or x.ndim != 3:
         return module(x)  # type: ignore[no-any-return]
     weight = module.weight

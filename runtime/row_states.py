@@ -82,25 +82,32 @@ caches.ArraysCache.register(RowStates)
 @overload
 def on_rows(method: _Function, /) -> _Function: ...
 @overload
-def on_rows(**ranks: int | tuple[int, ...]) -> Callable[[_Function], _Function]: ...
-def on_rows(method: _Function | None = None, /, **ranks: int | tuple[int, ...]) -> Any:
+def on_rows(
+    *positions: str, **ranks: int | tuple[int, ...]
+) -> Callable[[_Function], _Function]: ...
+def on_rows(*given: Any, **ranks: int | tuple[int, ...]) -> Any:
     """Run a mixer's `__call__(self, x, ...)` once a step, on all rows: T sequences of a token.
 
-    Arguments: arrays [T, 1, ...] and positions [T] pass as they are; views of states become
-    `RowStates`; masks of states become None. Only ops of the runtime know whose rows are whose.
-    Outside of steps the method runs as it is, inside RuntimeRefusal is raised where no argument is
-    a view. Results are [T, 1, ...], tuples or lists of such, or None: TypeError for others.
+    Arguments: arrays [T, 1, ...] and the step's positions [T] pass as they are; views of states
+    become `RowStates`; masks of states become None. Only ops of the runtime know whose rows are
+    whose. Outside of steps the method runs as it is, inside RuntimeRefusal is raised where no
+    argument is a view. Results are [T, 1, ...], tuples or lists of such, or None: TypeError for
+    others.
 
     The compiler proved that everything else in the mixer treats rows alone; which arguments the
-    proof is for is looked at as in `per_length`, with the same errors.
+    proof is for is looked at as in `per_length`, with the same errors. `positions` are parameters
+    that it takes for the step's positions: TypeError where they are given anything else.
     """
-    if method is None:
-        return functools.partial(_on_rows, ranks=ranks)
-    return _on_rows(method, {})
+    if not ranks and len(given) == 1 and callable(given[0]):
+        return _on_rows(given[0], (), {})
+    return functools.partial(_on_rows, required=given, ranks=ranks)
 
 
-def _on_rows(method: _Function, ranks: dict[str, int | tuple[int, ...]]) -> _Function:
+def _on_rows(
+    method: _Function, required: tuple[str, ...], ranks: dict[str, int | tuple[int, ...]]
+) -> _Function:
     views_of = proved_views(method, ranks)
+    signature = inspect.signature(method)
 
     @functools.wraps(method)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -108,6 +115,12 @@ def _on_rows(method: _Function, ranks: dict[str, int | tuple[int, ...]]) -> _Fun
         if not views:
             return method(*args, **kwargs)
         batch = views[0].batch
+        for name in required:
+            if signature.bind(*args, **kwargs).arguments.get(name) is not batch.positions:
+                raise TypeError(
+                    f"{method.__qualname__} was proved to treat rows alone with their positions as "
+                    f"{name}, and was given something else"
+                )
         # Another array object: code may add to positions in place. Not `apart`, as other routes:
         # these are the rows' own positions, by which ropes find how long each sequence is.
         positions = mx.array(batch.positions)
@@ -130,7 +143,8 @@ def _on_all_rows(value: Any, batch: Batch, positions: mx.array) -> Any:
     if isinstance(value, mx.array):
         if value is batch.positions:
             return positions
-        sort_of(value, batch.num_rows)
+        if sort_of(value, batch.num_rows) == "numbers":
+            raise TypeError("a mixer that runs on rows was given numbers that are not positions")
         return value
     if isinstance(value, StateView):
         return RowStates(value)
@@ -164,6 +178,15 @@ def require_sequences(function: _Function, state: object) -> None:
             f"{function.__qualname__}: called on the rows of several sequences with "
             f"{type(state).__name__} in place of their states; give it an entry of their cache"
         )
+
+
+def require_row_of_each(x: mx.array, function: _Function) -> mx.array:
+    """x, if a mixer on rows runs and x is [T, 1, ...], or if none does. Raises TypeError else."""
+    if _RUNNING.get() and (x.ndim < 2 or x.shape[1] != 1):
+        raise TypeError(
+            f"{function.__qualname__}: expected a row for each window, got {list(x.shape)}"
+        )
+    return x
 
 
 # ------------------------------------------------------------------------------------------ windows
@@ -216,22 +239,22 @@ def window_rows(parts: Sequence[Rows], begun: Sequence[bool], taps: int) -> np.n
     return np.concatenate(found).astype(np.int32)
 
 
-def window_state(x: mx.array) -> Any:
-    """In place of x [N, taps, ...], the last inputs of a convolution, where they are stored.
+def window_state(x: mx.array, taps: int) -> Any:
+    """In place of `x[:, -taps:]`, the last inputs of a convolution, where they are stored.
 
-    In a mixer that runs on rows, of windows [T, taps, ...] those of each sequence's last row, as a
-    new state; elsewhere x itself.
+    Of the windows [T, taps + 1, ...] of a mixer that runs on rows, what each sequence's last row
+    keeps, as a new state; elsewhere x [N, taps + L, ...] gives the array [N, taps, ...].
     """
     if not (_RUNNING.get() or in_step()):
-        return x
+        return mx.contiguous(x[:, -taps:])
 
     def parts(batch: Batch) -> States:
-        if x.ndim < 2 or x.shape[0] != batch.num_rows:
+        if x.ndim < 2 or x.shape[:2] != (batch.num_rows, taps + 1):
             raise TypeError(
-                f"window_state: expected [{batch.num_rows}, taps, ...] from a batch of "
+                f"window_state: expected [{batch.num_rows}, {taps + 1}, ...] from a batch of "
                 f"{batch.num_rows} rows, got {list(x.shape)}"
             )
-        return _last_of_each(x, batch)
+        return [(sequences, s[:, 1:]) for sequences, s in _last_of_each(x, batch)]
 
     return NewState(parts)
 

@@ -315,12 +315,12 @@ def worst_window(dtype, steps=STEPS) -> float:
         x = draw(cache.batch.num_rows, 1, 5)
         got = windows(cache[0], x, TAPS)
         token = row_states._RUNNING.set(True)
-        cache[0] = window_state(mx.contiguous(got[:, -TAPS:]))
+        cache[0] = window_state(got, TAPS)
         row_states._RUNNING.reset(token)
         for part in cache.batch.rows:
             before = alone.get(part.sequence, mx.zeros((1, TAPS, 5), dtype))
             whole = windows(before, x[part.start : part.stop].squeeze(1)[None], TAPS)
-            alone[part.sequence] = window_state(whole[:, -TAPS:])
+            alone[part.sequence] = window_state(whole, TAPS)
             want = mx.stack([whole[0, i : i + TAPS + 1] for i in range(part.length)])
             found = max(found, difference(got[part.start : part.stop], want))
             state = table.read(0, (part.sequence,))
@@ -372,6 +372,14 @@ def test_windows_are_promoted_as_by_concatenation():
         cache = view(parts, table)
         x = mx.zeros((cache.batch.num_rows, 1, 4), mx.bfloat16)
         assert windows(cache[0], x, TAPS).dtype == mx.float32
+
+
+def test_windows_of_another_width_are_not_kept(monkeypatch):
+    monkeypatch.setattr(row_states, "in_step", lambda: True)
+    cache = view([(0, 2)], StateTable(1))
+    for x in (mx.zeros((2, TAPS, 4)), mx.zeros((3, TAPS + 1, 4)), mx.zeros(2)):
+        with pytest.raises(TypeError, match=r"window_state: expected \[2, 4, ...\]"):
+            cache[0] = window_state(x, TAPS)
 
 
 def test_states_of_another_width_are_refused():
@@ -498,6 +506,12 @@ class _Scaled(nn.Module):
         return y
 
 
+class _Standing(nn.Module):
+    @on_rows("offset", offset=1)
+    def __call__(self, x, cache=None, offset=None):
+        return x + offset[:, None, None]
+
+
 class _Returning(nn.Module):
     @on_rows
     def __call__(self, x, result=None, cache=None):
@@ -540,6 +554,30 @@ def test_arguments_that_the_proof_is_not_for_are_refused():
     with step, pytest.raises(RuntimeRefusal, match="called without a cache"):
         mixer(x)
     assert mx.array_equal(mixer(x), x)
+
+
+def test_numbers_of_rows_are_positions_or_refused():
+    cache, x = view([(0, 3), (1, 1)], StateTable(1)), mx.zeros((4, 1, 8))
+    assert mx.array_equal(_Standing()(x, cache, cache.offset), x)
+    for offset in (mx.zeros(4, mx.int32), None):
+        with pytest.raises(TypeError, match="with their positions as offset"):
+            _Standing()(x, cache, offset)
+    with pytest.raises(TypeError, match="numbers that are not positions"):
+        _Scaled()(x, None, cache, offset=mx.zeros(4, mx.int32))
+
+
+def test_a_convolution_gives_a_row_of_each_window():
+    class Wide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv1d(8, 8, TAPS, groups=8)
+
+        @on_rows
+        def __call__(self, x, cache=None):
+            return recurrences.convolve(windows(cache[0], x, TAPS), self.conv)
+
+    with pytest.raises(TypeError, match=r"a row for each window, got \[4, 2, 8\]"):
+        Wide()(mx.zeros((4, 1, 8)), view([(0, 4)], StateTable(1)))
 
 
 def test_results_are_rows():

@@ -45,7 +45,7 @@ class Convolution(nn.Module):
         if cache is not None:
             if cache.lengths is not None:
                 raise NotImplementedError
-            cache[0] = window_state(mx.contiguous(joined[:, -keep:, :]))
+            cache[0] = window_state(joined, keep)
         return nn.silu(convolve(joined, self.conv1d))
 
 
