@@ -22,7 +22,7 @@ from .views import HeldState, NewState
 Fill = float | None
 # What a recurrence does with rows [N, L, ...] and states [n, ...], or None for zeros.
 Rule = Callable[[Sequence[mx.array], mx.array | None], tuple[mx.array, mx.array]]
-SHORTEST = 64  # what shorter sequences count as: a chunk takes as long however full it is
+SHORTEST = 16  # what shorter sequences count as: another run costs more than their padding
 RATIO = 4  # of the longest of a run to its shortest, at most
 
 

@@ -27,6 +27,7 @@ from mlxrewrite.runtime.views import HeldState, StateLeaf, StateView
 from mlxrewrite.runtime.weights import randomise
 from runtime_models import states_on_rows
 from test_recorded import same_as_unrecorded
+from test_row_states import outputs_in_the_order_of_runs
 
 DTYPES = {"float32": (mx.float32, 2e-5), "bfloat16": (mx.bfloat16, 8e-3)}
 HEADS, WIDTH, VALUES, GROUPS, TAPS = 4, 8, 6, 2, 3
@@ -208,17 +209,7 @@ def _states_in_the_batch_s_order(patch):
     patch.setattr(Runs, "of", of)
 
 
-def _outputs_in_the_order_of_runs(patch):
-    plain = Runs.of
-
-    def of(parts, begun):
-        made = plain(parts, begun)
-        return replace(made, order=None if made.order is None else mx.sort(made.order))
-
-    patch.setattr(Runs, "of", of)
-
-
-BUGS = (_padding_is_what_comes, _states_in_the_batch_s_order, _outputs_in_the_order_of_runs)
+BUGS = (_padding_is_what_comes, _states_in_the_batch_s_order, outputs_in_the_order_of_runs)
 
 
 @pytest.mark.parametrize("bug", BUGS)
@@ -273,9 +264,11 @@ def test_padding_is_bounded_and_runs_are_few(lengths):
     ("lengths", "count"),
     [
         ([1] * 64, 1),
-        ([*range(16, 257, 4)], 1),
-        ([1, 1, *range(16, 257, 4), 8192], 3),
+        ([*range(16, 257, 4)], 2),
+        ([1, 1, *range(16, 257, 4), 8192], 4),
         ([256, *[64] * 63], 2),
+        ([64, *[2] * 63], 2),
+        ([64, 2, 9, 40], 1),
         ([9, 9, 9], 1),
     ],
 )

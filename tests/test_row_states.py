@@ -235,7 +235,7 @@ def _new_sequences_begin_with_another_s_state(patch):
     patch.setattr(row_states.Origins, "of", of)
 
 
-def _outputs_in_the_order_of_runs(patch):
+def outputs_in_the_order_of_runs(patch):
     plain = Runs.of
 
     def of(parts, begun):
@@ -250,7 +250,7 @@ def _outputs_in_the_order_of_runs(patch):
     [
         _last_rows_of_the_batch,
         _new_sequences_begin_with_another_s_state,
-        _outputs_in_the_order_of_runs,
+        outputs_in_the_order_of_runs,
     ],
 )
 def test_seeded_bugs_are_seen(bug, monkeypatch):
