@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import mlx.core as mx
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lazy_kernels import lazy_kernels
 from mlx import nn
+from mlxrewrite.kernels import launch
 from mlxrewrite.runtime import recurrences, row_runs, row_states
 from mlxrewrite.runtime.batch import Batch
 from mlxrewrite.runtime.cache import PagedCache
@@ -140,15 +142,19 @@ def low_rank():
     return make, op
 
 
-RULES = {
-    "delta": delta(False),
-    "delta per channel": delta(True),
-    "dual": dual(),
-    "selective": selective(),
-    "diagonal": diagonal(),
-    "lightning": lightning(),
-    "low rank": low_rank(),
-}
+def rules():
+    return {
+        "delta": delta(False),
+        "delta per channel": delta(True),
+        "dual": dual(),
+        "selective": selective(),
+        "diagonal": diagonal(),
+        "lightning": lightning(),
+        "low rank": low_rank(),
+    }
+
+
+RULES = rules()
 
 
 def own(name: str, arrays):
@@ -168,9 +174,9 @@ def difference(got: mx.array, want: mx.array) -> float:
     return float(np.abs(left - right).max() / max(1.0, np.abs(right).max()))
 
 
-def worst(name: str, dtype, steps=STEPS) -> float:
+def worst(name: str, dtype, steps=STEPS, rules=RULES) -> float:
     """The largest difference of outputs and states from every sequence alone."""
-    make, call = RULES[name]
+    make, call = rules[name]
     table, alone, draw, found = StateTable(2), {}, Draw(0, dtype), 0.0
     for parts in steps:
         cache = view(parts, table)
@@ -191,6 +197,24 @@ def test_rows_follow_each_sequence(name, dtype):
     """New sequences and others in one batch, in changing orders, and steps that go on from them."""
     kind, limit = DTYPES[dtype]
     assert worst(name, kind) <= limit
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_kernels_are_given_what_they_take(name, monkeypatch):
+    """Through the CPU runner: the kernels of single tokens, of scans and of selective scans."""
+    for size, value in (("HEADS", 8), ("WIDTH", 32), ("VALUES", 8)):
+        monkeypatch.setattr(sys.modules[__name__], size, value)
+    kernels, plain = set(), launch.MetalKernel.__call__
+
+    def run(self, *given, **named):
+        kernels.add(self.name)
+        return plain(self, *given, **named)
+
+    monkeypatch.setattr(launch.MetalKernel, "__call__", run)
+    steps = [[(s, min(n, 9)) for s, n in parts] for parts in STEPS[:4]]
+    with launch.backend("runner"):
+        assert worst(name, mx.float32, steps, rules()) <= 2e-5
+    assert kernels
 
 
 def _padding_is_what_comes(patch):
