@@ -22,8 +22,7 @@ from .views import HeldState, NewState
 Fill = float | None
 # What a recurrence does with rows [N, L, ...] and states [n, ...], or None for zeros.
 Rule = Callable[[Sequence[mx.array], mx.array | None], tuple[mx.array, mx.array]]
-SHORTEST = 16  # what shorter sequences count as: another run costs more than their padding
-RATIO = 4  # of the longest of a run to its shortest, at most
+RUN = 512  # rows of padding that another run is taken to cost as much as: its launches, its graph
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -112,29 +111,29 @@ class Runs:
 def together(lengths: Sequence[int]) -> Iterator[list[int]]:
     """Which sequences run together: those of one row, and the longer ones by their lengths.
 
-    A sequence joins those that are longer while the longest has at most RATIO times its rows, and
-    while all of them, padded, are at most twice the rows they have. Sequences below SHORTEST count
-    as that long. Where a run ends by the second rule, the next is at most half as long: so there
-    are as many runs as powers of two between the lengths at most, and fewer where lengths are
-    spread evenly.
+    Neighbours in length share a run, so that the rows of padding, and RUN more for each run, are as
+    few as can be. Few prompts are one run or two, unless one is much longer than another; a step
+    that reads many has as many more as save that much padding each.
     """
     single = [i for i, length in enumerate(lengths) if length == 1]
     if single:
         yield single
-    others = sorted((i for i in range(len(lengths)) if lengths[i] > 1), key=lambda i: -lengths[i])
-    run: list[int] = []
-    longest = total = 0
-    for i in others:
-        length = max(lengths[i], SHORTEST)
-        if run and (longest > RATIO * length or (len(run) + 1) * longest > 2 * (total + length)):
-            yield run
-            run, total = [], 0
-        if not run:
-            longest = length
-        run.append(i)
-        total += length
-    if run:
-        yield run
+    alike: dict[int, list[int]] = {}
+    for i, length in enumerate(lengths):
+        if length > 1:
+            alike.setdefault(length, []).append(i)
+    kinds = np.array(sorted(alike, reverse=True), dtype=np.int64)
+    before = np.cumsum([0, *(len(alike[kind]) for kind in kinds.tolist())])
+    # The least cost of the first j kinds, and which is the longest of the last run among them.
+    cost, longest = np.zeros(len(kinds) + 1, dtype=np.int64), [0] * (len(kinds) + 1)
+    for j in range(1, len(kinds) + 1):
+        costs = cost[:j] + RUN + (before[j] - before[:j]) * kinds[:j]
+        longest[j] = int(costs.argmin())
+        cost[j] = costs[longest[j]]
+    stop = len(kinds)
+    while stop:
+        yield [i for kind in kinds[longest[stop] : stop].tolist() for i in alike[kind]]
+        stop = longest[stop]
 
 
 def runs_of(batch: Batch, begun: tuple[bool, ...]) -> Runs:

@@ -268,31 +268,45 @@ def test_what_is_not_finite_stays_in_its_sequence(name):
 # --------------------------------------------------------------------------------------------- runs
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.integers(1, 9000), min_size=1, max_size=40))
-def test_padding_is_bounded_and_runs_are_few(lengths):
+def cost(lengths, runs) -> int:
+    return sum(row_runs.RUN + len(run) * max(lengths[i] for i in run) for run in runs)
+
+
+def partitions(kinds):
+    """All ways to cut a list."""
+    for cuts in range(1 << (len(kinds) - 1)):
+        found = [[kinds[0]]]
+        for i, kind in enumerate(kinds[1:]):
+            if cuts >> i & 1:
+                found.append([])
+            found[-1].append(kind)
+        yield found
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.integers(1, 3000), min_size=1, max_size=9))
+def test_runs_cost_as_little_as_can_be(lengths):
     runs = list(together(lengths))
     assert sorted(i for run in runs for i in run) == list(range(len(lengths)))
     longer = [run for run in runs if any(lengths[i] > 1 for i in run)]
+    assert all(lengths[i] > 1 for run in longer for i in run)
     assert len(runs) - len(longer) == (1 in lengths)
-    for run in longer:
-        counted = [max(lengths[i], row_runs.SHORTEST) for i in run]
-        assert all(lengths[i] > 1 for i in run)
-        assert len(run) * max(counted) <= 2 * sum(counted)
-        assert max(counted) <= row_runs.RATIO * min(counted)
-    most = max(*lengths, row_runs.SHORTEST) / row_runs.SHORTEST
-    assert len(longer) <= 1 + np.ceil(np.log2(most))
+    ordered = sorted((i for i, n in enumerate(lengths) if n > 1), key=lambda i: -lengths[i])
+    if ordered:
+        assert cost(lengths, longer) == min(cost(lengths, p) for p in partitions(ordered))
 
 
 @pytest.mark.parametrize(
     ("lengths", "count"),
     [
         ([1] * 64, 1),
-        ([*range(16, 257, 4)], 2),
-        ([1, 1, *range(16, 257, 4), 8192], 4),
+        ([*range(16, 257, 16)], 2),
+        ([*range(16, 257, 4)], 4),
+        ([1, 1, *range(16, 257, 16), 8192], 4),
         ([256, *[64] * 63], 2),
         ([64, *[2] * 63], 2),
         ([64, 2, 9, 40], 1),
+        ([300, 120], 1),
         ([9, 9, 9], 1),
     ],
 )
