@@ -8,12 +8,12 @@ in another, or in Python. Without a proof the mixer runs once per sequence.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from .axes import Interpreter, Text, World, text_of
-from .axes.domain import NONE, ROWS, Array, Value, choice, feature
+from .axes.domain import LENGTH, NONE, ROWS, Array, Value, choice, feature
 from .axes.interpret import Failure
-from .axes.recurrences import CALLED, CONVOLVE, DECORATING
+from .axes.recurrences import CALLED, CONVOLVE, DECORATING, WINDOWS
 from .axes.states import NUMBER, OBJECT, STATES
 from .ir import ClassFacts, Edit, ModuleFacts, Source, Span
 from .match import Mixer, callee_name
@@ -25,6 +25,9 @@ _RUNTIME = "mlxrewrite.runtime"
 _ARRAYS = {
     n: Array(((ROWS,), *map(feature, ("length", "width", "more")[: n - 1]))) for n in (1, 2, 3, 4)
 }
+_ROWS = {
+    n: Array(((ROWS,), (LENGTH,), *map(feature, ("width", "more")[: n - 2]))) for n in (3, 4)
+} | {1: Array(((ROWS,),), tag=("start",))}
 # What an argument beside the first may be whatever it is called: no array of single sequences.
 _PLAIN = (NONE, NUMBER, OBJECT, STATES)
 # Positions of sequences, or something computed from the rows of an earlier layer.
@@ -79,6 +82,38 @@ def kept_apart(
     every = {name: (*plain[name], *(_ARRAYS[r] for r in found[name])) for name in found}
     together = found if found and proof(every) is None else {}
     return {first: (rank,)} | together
+
+
+def rows_alone(
+    mixer: Mixer,
+    edits: Iterable[Edit],
+    ranks: Mapping[str, tuple[int, ...]],
+    positions: Collection[str] = (),
+) -> Failure | None:
+    """Why a mixer that keeps sequences apart may not run on rows [T, 1, ...], its source after
+    `edits`; None if what it does of a token depends on nothing but that and what ops read.
+
+    `positions` are parameters that are always given the rows' positions.
+    """
+    text = _text(mixer, tuple(edits))
+    if text is None:
+        return _unknown("edits that do not fit together")
+    call = mixer.cls.methods["__call__"]
+    _, first, *others = (p.name for p in call.function.parameters)
+    cached = {p.data[1] for p in call.params if p.op == "param" and mixer.is_cache(p)}
+    given: dict[str, Value] = {name: choice(_PLAIN) for name in others}
+    given |= dict.fromkeys(cached, STATES)
+    for name, more in ranks.items():
+        if name != first:
+            given[name] = choice((given[name], *(_ROWS[rank] for rank in more)))
+    given |= dict.fromkeys(positions, _ROWS[1])
+    given[first] = _ROWS[ranks[first][0]]
+    world = World(lambda name: _read(mixer, name), {mixer.source.module: text})
+    for name in _instances(mixer):
+        failure = Interpreter(world, {}).rows_alone(mixer.source.module, name, given)
+        if failure is not None:
+            return failure
+    return None
 
 
 def _unknown(message: str) -> Failure:
@@ -142,7 +177,7 @@ def _text(mixer: Mixer, edits: tuple[Edit, ...]) -> Text | None:
         text = text_of(parse(Source.of(source.module, source.path, data)), source, edits)
     except (ValueError, ParseError):
         return None
-    for name in (CONVOLVE, *CALLED, *DECORATING):
+    for name in (CONVOLVE, *CALLED, *DECORATING, *WINDOWS):
         text.names[name] = [f"{_RUNTIME}.{name}"]
     return text
 

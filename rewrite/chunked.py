@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from .edits import decorate, site_comment
+from .edits import Ops, decorate, site_comment
 from .inlining import expanded
 from .ir import Edit, Effect, Method, Site, Value
 from .match import Mixer, every_value, is_none_test, library_call, method_call, place, same, size_of
-from .per_length import Ops
 from .program import Program
 from .scans import _begins, _is_whole
 from .states import Reach

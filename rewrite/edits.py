@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
-from .ir import Edit, Effect, Method, Source, Span, Value
+from dataclasses import dataclass
+
+from .ir import Edit, Effect, Method, Site, Source, Span, Value
 from .match import live
+
+
+@dataclass(frozen=True, slots=True)
+class Ops:
+    """Calls that become ops of ours."""
+
+    sites: tuple[Site, ...] = ()
+    edits: tuple[Edit, ...] = ()
+    imports: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.sites)
 
 
 def replace(source: Source, span: Span, text: str, rule: str) -> Edit:

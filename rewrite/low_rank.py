@@ -6,11 +6,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .edits import decorate, site_comment
+from .edits import Ops, decorate, site_comment
 from .inlining import expanded
 from .ir import Edit, Method, Site, Value
 from .match import Mixer, every_value, library_call, method_call, place, same
-from .per_length import Ops
 from .program import Program
 from .scans import _begins, _is_whole, _token_of
 from .states import Reach

@@ -139,7 +139,7 @@ class Mixer:
     def is_cache(self, value: Value) -> bool:
         """The value is a parameter known to be a cache, or an element of one."""
         roots = set(self.caches)
-        return any(id(part) in roots for part in _through(value))
+        return any(id(part) in roots for part in through(value))
 
     def _fetches(self, method: Method) -> Iterator[Fetch]:
         for effect in method.calls():
@@ -157,7 +157,7 @@ class Mixer:
             if is_pipeline_tail(self.program, effect) or _is_word(target.args[1]):
                 continue
             base = live(target.args[0])
-            if any(id(part) in self.caches for part in _through(base)):
+            if any(id(part) in self.caches for part in through(base)):
                 yield effect
 
     def _state_updates(self, method: Method) -> Iterator[Effect]:
@@ -355,7 +355,7 @@ def attends(program: Program, method: Method) -> Iterator[Attend]:
         yield Attend(method, effect, q, k, v, scale, mask, sinks)
 
 
-def _through(value: Value) -> Iterator[Value]:
+def through(value: Value) -> Iterator[Value]:
     """A value and what it is an element, item or branch of."""
     stack = [value]
     while stack:
@@ -377,7 +377,7 @@ def _is_word(key: Value) -> bool:
 
 
 def _cache_roots(value: Value, parameters: set[int]) -> Iterator[Value]:
-    for part in _through(value):
+    for part in through(value):
         if part.op == "param" and id(part) in parameters:
             yield part
         elif part.op in ("index", "elem") and part is not value:

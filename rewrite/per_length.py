@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
 
 from .axes import Failure
-from .batchwise import kept_apart
-from .edits import add_argument, decorate, rename_callee, replace, site_comment
+from .batchwise import kept_apart, rows_alone
+from .convolutions import convolutions, windows
+from .edits import Ops, decorate, rename_callee, site_comment
 from .ir import Edit, Effect, Evidence, Match, Miss, Site
 from .match import Mixer, callee_name
 from .per_sequence import per_sequence
 
-SITE = "per_length"
-CONVOLUTION = "mlx.nn.Conv1d"
+SITE, ROWS_SITE = "per_length", "on_rows"
 # mlx_vlm's recurrences can read and write a cache by themselves, and keep more than one state.
 _ELSEWHERE = frozenset({"*", "**", "state_steps"})
 _CACHED = frozenset({"cache", "cache_index"})
-
-
-@dataclass(frozen=True, slots=True)
-class Ops:
-    """Calls that become ops of ours."""
-
-    sites: tuple[Site, ...] = ()
-    edits: tuple[Edit, ...] = ()
-    imports: tuple[str, ...] = ()
-
-    def __bool__(self) -> bool:
-        return bool(self.sites)
 
 
 def recurrences(
@@ -56,42 +43,6 @@ def recurrences(
     return Ops(tuple(sites), tuple(edits), (op,) if sites else ())
 
 
-def convolutions(mixer: Mixer, kind: str) -> Ops:
-    """`conv(x)`, where conv is a convolution that __init__ made, becomes an op.
-
-    The op asks the module whether it has a form for it, and calls the module if it has none.
-    """
-    sites: list[Site] = []
-    edits: list[Edit] = []
-    for effect in (*mixer.attribute_calls(CONVOLUTION), *_handed_convolutions(mixer)):
-        call = effect.value
-        if len(call.args) != 2 or call.data != (None,):
-            continue
-        assert call.syntax is not None
-        callee = call.syntax.args[0].span  # not the value's: that of a parameter is where it stands
-        text = f"{kind} has a convolution that needs no plan for each shape"
-        edits.append(site_comment(mixer.source, effect, text, kind))
-        edits.append(replace(mixer.source, callee, "convolve", kind))
-        edits.append(add_argument(call, mixer.source.text(callee), kind))
-        sites.append(Site("convolve", mixer.place(call)))
-    return Ops(tuple(sites), tuple(edits), ("convolve",) if sites else ())
-
-
-def _handed_convolutions(mixer: Mixer) -> Iterator[Effect]:
-    """Calls of a parameter of a method that the class hands a convolution to."""
-    handed = any(
-        mixer._is_made_by(argument, {CONVOLUTION})
-        for method in mixer.methods
-        for effect in method.calls()
-        for argument in effect.value.args[1:]
-    )
-    for method in mixer.methods if handed else ():
-        for effect in method.calls():
-            callee = effect.value.args[0]
-            if callee.op == "param" and any(callee is param for param in method.params[1:]):
-                yield effect
-
-
 def per_length(
     mixer: Mixer,
     kind: str,
@@ -116,27 +67,51 @@ def per_length(
         where = ranks.place or mixer.place(method.function.name_span)
         why = Evidence(f"not proved to keep sequences apart: {ranks.message}", where)
         return per_sequence(mixer, kind, (*evidence, why), features)
-    text = f"{kind} runs once for all sequences with equally many rows, over their states"
+    found = _on_rows(mixer, kind, (*replaced.edits, *more.edits), ranks) if replaced else None
+    rows, positions = found or (Ops(), ())
+    name = SITE if found is None else ROWS_SITE
+    if found is not None:
+        text = f"{kind} runs on all rows, their states are with ops"
+    else:
+        text = f"{kind} runs once for all sequences with equally many rows, over their states"
     own = (
         site_comment(mixer.source, method.function.span, text, kind),
-        decorate(mixer.source, method, decorator(ranks), kind),
+        decorate(mixer.source, method, decorator(name, ranks, positions), kind),
     )
-    site = Site(SITE, mixer.place(method.function.name_span))
+    site = Site(name, mixer.place(method.function.name_span))
     return Match(
         kind,
         "kernel" if replaced else "gathered",
         mixer.cls.qualified,
         tuple(sorted(features)),
         tuple(evidence),
-        (site, *replaced.sites, *more.sites),
-        (*own, *replaced.edits, *more.edits),
-        ("per_length", *replaced.imports, *more.imports),
+        (site, *replaced.sites, *more.sites, *rows.sites),
+        (*own, *replaced.edits, *more.edits, *rows.edits),
+        (name, *replaced.imports, *more.imports, *rows.imports),
     )
 
 
-def decorator(ranks: Mapping[str, tuple[int, ...]]) -> str:
-    """The decorator, with the ranks of arrays that a mixer is proved for, x [N, L, D] aside."""
+def _on_rows(
+    mixer: Mixer, kind: str, edits: tuple[Edit, ...], ranks: Mapping[str, tuple[int, ...]]
+) -> tuple[Ops, tuple[str, ...]] | None:
+    """What else a mixer needs to run on rows instead, and which of its parameters must be the rows'
+    positions then; None where that is not proved."""
+    found = windows(mixer, kind)
+    edits = (*edits, *found.edits)
+    _, *others = ranks.items()
+    for positions in ((), *((name,) for name, given in others if 1 in given)):
+        if rows_alone(mixer, edits, ranks, positions) is None:
+            return found, positions
+    return None
+
+
+def decorator(
+    name: str, ranks: Mapping[str, tuple[int, ...]], positions: Iterable[str] = ()
+) -> str:
+    """The decorator, with the ranks of arrays that a mixer is proved for, x [N, L, D] aside, and
+    the parameters that must be positions in front."""
     (_, x), *others = ranks.items()
     told = dict(others) if x == (3,) else dict(ranks)
-    given = ", ".join(f"{n}={r[0] if len(r) == 1 else r}" for n, r in told.items())
-    return f"{SITE}({given})" if given else SITE
+    quoted = (f'"{name}"' for name in positions)
+    given = ", ".join((*quoted, *(f"{n}={r[0] if len(r) == 1 else r}" for n, r in told.items())))
+    return f"{name}({given})" if given else name

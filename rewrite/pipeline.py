@@ -19,7 +19,7 @@ from .passes.kept import kept_state
 from .passes.parse import ParseError, parse, read_concretely
 from .passes.plan import Judgements, plan, verdict
 from .passes.verify import verify
-from .per_length import SITE as PER_LENGTH
+from .per_length import ROWS_SITE, SITE
 from .program import Program
 from .sources import Package, installed_package
 
@@ -338,7 +338,9 @@ def _set_here(
     """Where a file sets parts of a mixer that was proved, in another file, as it is made there."""
     for cls in classes:
         judged = judgements.get(cls.qualified)
-        if isinstance(judged, Match) and any(site.rule == PER_LENGTH for site in judged.sites):
+        if isinstance(judged, Match) and any(
+            site.rule in (SITE, ROWS_SITE) for site in judged.sites
+        ):
             for module, name, span in set_on(program, cls):
                 what = f"`.{name}`" if name != "*" else "an attribute"
                 message = f"{what} of `{cls.name}` is set here, which it was proved without"

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .edits import decorate, site_comment
+from .edits import Ops, decorate, site_comment
 from .ir import Edit, Method, Site, Value
 from .match import Mixer, every_value, is_none_test, library_call, place, same, size_of
-from .per_length import Ops
 from .program import Program
 from .states import Reach
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
-from .edits import replace, site_comment, spell
+from .edits import Ops, replace, site_comment, spell
 from .ir import Assign, Edit, For, Method, Site, Span, Stmt, Value
 from .match import (
     Mixer,
@@ -26,7 +26,6 @@ from .match import (
     size_of,
     uses,
 )
-from .per_length import Ops
 from .program import Program
 from .scans import _is_whole
 from .states import Reach

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from .edits import decorate, replace, site_comment
+from .edits import Ops, decorate, replace, site_comment
 from .ir import Edit, Effect, Evidence, Match, Method, Site, Value
 from .match import Mixer, is_none_test, library_call, place, size_of
-from .per_length import Ops
 from .program import Program
 from .scans import _is_whole
 from .states import Reach, is_token_shift

@@ -35,6 +35,7 @@ from .domain import (
 from .expressions import Expressions
 from .machine import ROPES
 from .rules import array
+from .shapes import are_rows
 from .statements import Statements
 from .world import REWRITTEN
 
@@ -98,6 +99,21 @@ class Interpreter(Statements, Expressions, Calls):
 
         return self.failure_of(run, module, entry)
 
+    def rows_alone(self, module: str, entry: str, given: dict[str, Value]) -> Failure | None:
+        """Run `entry(...)(**given)` on rows of single tokens; None if none shows in another.
+
+        States of the cache may go to ops only, and only what an op made of one goes back.
+        """
+        self.on_rows = True
+        self.ropes = (ROPES, "mlx_lm.models.rope_utils")
+
+        def run(cls: ClassValue) -> None:
+            mixer = self.made(cls)
+            self.forward = True
+            self.check_tokens(self.call(mixer, (), dict(given)))
+
+        return self.failure_of(run, module, entry)
+
     def failure_of(
         self, run: Callable[[ClassValue], None], module: str, entry: str
     ) -> Failure | None:
@@ -134,6 +150,14 @@ class Interpreter(Statements, Expressions, Calls):
             elif isinstance(one, Array):  # the runtime takes nothing else but None
                 if not leads(one):
                     raise Refused("row-mixing", f"the mixer returns axes {one}")
+
+    def check_tokens(self, out: Value) -> None:
+        for one in options(out):
+            if isinstance(one, (Tuple, Items)):
+                for part in parts(one):
+                    self.check_tokens(part)
+            elif isinstance(one, Array) and (one.tag or not are_rows(one.axes or ())):
+                raise Refused("row-mixing", f"the mixer returns axes {one}")
 
     def check_logits(self, out: Value) -> None:
         for one in options(out):

@@ -49,7 +49,7 @@ from .layers import (
     some_site,
     updated,
 )
-from .recurrences import CALLED, CONVOLVE, DECORATING, KEEPING
+from .recurrences import CALLED, CONVOLVE, DECORATING, KEEPING, WINDOWS, of_windows
 from .rules import RULES, Rule, array
 from .shapes import size_key
 from .states import STATES
@@ -59,6 +59,7 @@ _ONCE = {
     "per_sequence": "once per sequence",
     "per_sequence_model": "once per sequence",
     "per_length": "once for all sequences with equally many rows",
+    "on_rows": "on all rows, whose states only ops know",
 }
 # Methods of a layer that change nothing.
 _READING = (
@@ -193,7 +194,7 @@ class LibraryCalls(Builtins):
         if name == "mlxrewrite.runtime.rope.initialize_rope":
             return Instance(None, {}, "RoPE", self.depth, self.forward)
         last = name.rpartition(".")[2]
-        if self.sequences:
+        if self.sequences or self.on_rows:
             return self.call_op(last, args, more)
         if last in _ONCE:
             if not args:  # the decorator is told ranks
@@ -213,7 +214,9 @@ class LibraryCalls(Builtins):
     def call_op(self, name: str, args: Sequence[Value], more: dict[str, Value]) -> Value:
         """An op of the runtime, in a mixer that runs once for several sequences."""
         if name == CONVOLVE:
-            return self.call(args[1], args[:1], {})
+            return of_windows(args[0], lambda x: self.call(args[1], (x,), {}))
+        if self.on_rows and name in WINDOWS:
+            return self.apply(WINDOWS[name], args, more)
         if name in DECORATING:
             return Library("op", Tuple((Known(name), *args)))
         if name not in CALLED:

@@ -125,6 +125,7 @@ class Machine(ABC):
         self.ropes: tuple[str, ...] = (ROPES,)  # modules whose ropes are the runtime's own
         self.changes = 0  # of states, and of what is kept on a mixer
         self.sequences = False  # rows are whole sequences, positions the author's own business
+        self.on_rows = False  # a mixer on rows: only ops know whose states are whose
         self.tying = False  # under a branch that only ties a cache's keys to other results
         self.added: list[tuple[Items, Value, int]] | None = None  # in a loop over tokens
 

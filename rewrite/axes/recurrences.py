@@ -5,30 +5,41 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .domain import (
+    LENGTH,
     NONE,
     ROWS,
     Array,
     Axis,
     Dead,
+    Opaque,
     Refused,
     Tuple,
     Value,
     feature,
     is_live,
     leads,
+    tokens,
 )
 from .rules import Context, Rule, array
-from .shapes import describe
+from .shapes import are_rows, describe
+from .states import HELD, NEW
 
 Op = Callable[..., Value]
 
 
-def _given(name: str, value: Value, *ranks: int) -> tuple[Axis, ...]:
-    """The axes of an array with sequences in front."""
+def _given(c: Context, name: str, value: Value, *ranks: int, at: int = 1) -> tuple[Axis, ...]:
+    """The axes of an array with sequences in front; on rows, with tokens in axis `at`."""
     x = array(value)
-    if x.axes is None or x.open or len(x.axes) not in ranks or not leads(x):
-        raise Refused("row-mixing", f"`{name}` of {describe(x)}", "[rows][...]")
+    if x.axes is None or x.open or len(x.axes) not in ranks or not _leads(c, x, at):
+        wanted = "[rows][length][...]" if c.on_rows else "[rows][...]"
+        raise Refused("row-mixing", f"`{name}` of {describe(x)}", wanted)
     return x.axes
+
+
+def _leads(c: Context, x: Array, at: int) -> bool:
+    if not c.on_rows:
+        return leads(x)
+    return not x.tag and are_rows(x.axes or (), at)
 
 
 def _shared(name: str, *values: Value) -> None:
@@ -37,11 +48,24 @@ def _shared(name: str, *values: Value) -> None:
         raise Refused("row-mixing", f"`{name}` with weights or options of single sequences")
 
 
-def _state(name: str, value: Value, rank: int) -> Array:
+def _state(c: Context, name: str, value: Value, rank: int) -> Value:
     """The state after a call, whatever there was before."""
+    if c.on_rows:
+        number = _number(HELD, value)
+        if number is None:
+            message = f"`{name}` without a state of the cache: each row would begin a sequence"
+            raise Refused("row-mixing", message)
+        return Opaque(f"{NEW}{number}")
     if value != NONE:
-        _given(name, value, rank)
+        _given(c, name, value, rank)
     return Array(((ROWS,), *(feature(("state", i)) for i in range(1, rank))))
+
+
+def _number(kind: str, value: Value) -> str | None:
+    """The number of the entry that something of this kind is of, on rows."""
+    if isinstance(value, Opaque) and value.kind.startswith(kind):
+        return value.kind.removeprefix(kind)
+    return None
 
 
 def _unpadded(*values: Value) -> None:
@@ -65,8 +89,8 @@ def _delta_rule(
     name = "delta_rule"
     _unpadded(mask)
     _shared(name, A_log, dt_bias, *options.values())
-    _given(name, q, 4), _given(name, k, 4), _given(name, a, 3, 4), _given(name, b, 3)
-    return Tuple((Array(_given(name, v, 4)), _state(name, state, 4)))
+    _given(c, name, q, 4), _given(c, name, k, 4), _given(c, name, a, 3, 4), _given(c, name, b, 3)
+    return Tuple((Array(_given(c, name, v, 4)), _state(c, name, state, 4)))
 
 
 def _state_space_dual(
@@ -86,8 +110,8 @@ def _state_space_dual(
     name = "state_space_dual"
     _unpadded(mask, lengths)
     _shared(name, A_log, D, dt_bias, time_step_limit)
-    _given(name, B, 4), _given(name, C, 4), _given(name, dt, 3)
-    return Tuple((Array(_given(name, hidden_states, 4)), _state(name, state, 4)))
+    _given(c, name, B, 4), _given(c, name, C, 4), _given(c, name, dt, 3)
+    return Tuple((Array(_given(c, name, hidden_states, 4)), _state(c, name, state, 4)))
 
 
 def _selective_scan(
@@ -102,22 +126,22 @@ def _selective_scan(
 ) -> Value:
     name = "selective_scan"
     _shared(name, A, D)
-    _given(name, delta, 3), _given(name, B, 3), _given(name, C, 3)
-    return Tuple((Array(_given(name, x, 3)), _state(name, state, 3)))
+    _given(c, name, delta, 3), _given(c, name, B, 3), _given(c, name, C, 3)
+    return Tuple((Array(_given(c, name, x, 3)), _state(c, name, state, 3)))
 
 
 def _diagonal(c: Context, x: Value, a: Value, h: Value) -> Value:
     name = "diagonal_scan"
-    _given(name, a, 3)
-    return Tuple((Array(_given(name, x, 3)), _state(name, h, 2)))
+    _given(c, name, a, 3)
+    return Tuple((Array(_given(c, name, x, 3)), _state(c, name, h, 2)))
 
 
 def _lightning(c: Context, q: Value, k: Value, v: Value, g: Value, scale: Value, h: Value) -> Value:
     name = "lightning_scan"
     _shared(name, g, scale)
-    _given(name, k, 4)
-    axes, width = _given(name, q, 4), _given(name, v, 4)[3]
-    return Tuple((Array((*axes[:3], width)), _state(name, h, 4)))
+    _given(c, name, k, 4, at=2)
+    axes, width = _given(c, name, q, 4, at=2), _given(c, name, v, 4, at=2)[3]
+    return Tuple((Array((*axes[:3], width)), _state(c, name, h, 4)))
 
 
 def _low_rank(
@@ -125,9 +149,41 @@ def _low_rank(
 ) -> Value:
     name = "low_rank_scan"
     for value in (w, k, a, b):
-        _given(name, value, 4)
-    axes, width = _given(name, r, 4), _given(name, v, 4)[3]
-    return Tuple((Array((*axes[:3], width, ())), _state(name, h, 4)))
+        _given(c, name, value, 4)
+    axes, width = _given(c, name, r, 4), _given(c, name, v, 4)[3]
+    return Tuple((Array((*axes[:3], width, ())), _state(c, name, h, 4)))
+
+
+# Stands for what a state and a chunk's rows are together: rows have a window of it each, so that
+# nothing but a convolution and what is kept of it may be made of it.
+_WINDOWS = "windows of "  # and the number of the entry that they begin with
+_WINDOW = Array(((ROWS,), feature("window"), feature()))
+
+
+def _windows(c: Context, state: Value, x: Value, taps: Value) -> Value:
+    """A row and those before it in its sequence."""
+    number = _number(HELD, state)
+    if number is None or is_live(taps):
+        raise Refused("row-mixing", "windows that do not begin with a state of the cache")
+    _given(c, "windows", x, 3)
+    return Opaque(f"{_WINDOWS}{number}")
+
+
+def _window_state(c: Context, x: Value, taps: Value) -> Value:
+    number = _number(_WINDOWS, x)
+    if number is None or is_live(taps):
+        raise Refused("row-mixing", "a state of what is no window")
+    return Opaque(f"{NEW}{number}")
+
+
+def of_windows(x: Value, convolution: Callable[[Value], Value]) -> Value:
+    """What a convolution makes of each row's window: a row, or the runtime raises."""
+    if _number(_WINDOWS, x) is None:
+        return convolution(x)
+    axes = array(convolution(_WINDOW)).axes or ()
+    if len(axes) != 3 or axes[0] != (ROWS,) or tokens((*axes[1], *axes[2])):
+        raise Refused("row-mixing", "what is no convolution of windows")
+    return Array((axes[0], (LENGTH,), axes[2]))
 
 
 CONVOLVE = "convolve"  # a module's own forward, in another form
@@ -144,5 +200,7 @@ CALLED = _rules(
 )
 # Of these, ops that can read and keep a state by themselves.
 KEEPING = ("delta_rule",)
+# Called by mixers on rows.
+WINDOWS = _rules(windows=_windows, window_state=_window_state)
 # Decorators of functions of a file; names of its arguments in this order.
 DECORATING = _rules(diagonal_scan=_diagonal, lightning_scan=_lightning, low_rank_scan=_low_rank)

@@ -71,6 +71,7 @@ class Context(Protocol):
     """What rules may ask of the interpreter."""
 
     sequences: bool
+    on_rows: bool
 
     def here(self) -> Any: ...
     def assume(self, text: str) -> None: ...

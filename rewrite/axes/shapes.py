@@ -7,6 +7,7 @@ from collections.abc import Hashable, Sequence
 from .domain import (
     LENGTH,
     PARAMETER,
+    ROWS,
     Array,
     Axis,
     Choice,
@@ -27,6 +28,13 @@ TRAILING = -1000  # the last axis of an array with unknown feature axes at its e
 
 def describe(x: Array) -> str:
     return f"axes {x}"
+
+
+def are_rows(axes: Sequence[Axis], at: int = 1) -> bool:
+    """[rows]...[length]..., with the length in axis `at` and no tokens anywhere else."""
+    if len(axes) <= at or axes[0] != (ROWS,) or axes[at] != (LENGTH,):
+        return False
+    return not any(tokens(axis) for i, axis in enumerate(axes) if i not in (0, at))
 
 
 def axis_index(x: Array, axis: Value) -> int:

@@ -30,6 +30,8 @@ from .shapes import describe, within
 
 STATES = Opaque("states")
 NUMBER = Constant(("number",))
+# Of a mixer on rows: what an entry holds before a step, by its number, and what an op made of it.
+HELD, NEW = "state before ", "state after "
 OBJECT = Opaque("object")  # a mask as a value: it raises where an array is asked for
 
 
@@ -49,13 +51,21 @@ class States(Machine):
     """
 
     def read_state(self, key: Value) -> Value:
+        if self.on_rows:
+            return Opaque(f"{HELD}{self._entry_number(key)}")
         return choice((NONE, *options(self.states.get(self._entry_number(key), NONE))))
 
     def any_state(self) -> Value:
+        if self.on_rows:
+            raise Refused("cache-use", "states of a mixer on rows, which entry is not known")
         return choice((NONE, *(v for held in self.states.values() for v in options(held))))
 
     def keep_state(self, key: Value, value: Value) -> None:
         number = self._entry_number(key)
+        if self.on_rows:
+            if any(one != Opaque(f"{NEW}{number}") for one in options(value)):
+                raise Refused("cache-use", "a state that is not what an op made of the same entry")
+            return
         if self.unmemoised:
             raise Refused("token-count", "the number of sequences decides what a state becomes")
         for one in options(value):
@@ -96,6 +106,8 @@ class States(Machine):
     def call_states(self, method: str, args: Sequence[Value], more: dict[str, Value]) -> Value:
         if method in ("advance", "make_mask"):
             return NONE
+        if self.on_rows:
+            raise Refused("cache-use", f"`.{method}` of the states of a mixer on rows")
         if method == "update_window":
             return self.each(lambda a, k: self._update_window(*a, **k), args, more)
         return self._update_recurrent(*args, **more)

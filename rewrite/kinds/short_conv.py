@@ -9,9 +9,10 @@ Becomes     the original code, once for all sequences with equally many rows, it
 
 from __future__ import annotations
 
+from ..convolutions import convolutions
 from ..ir import Match, Miss
 from ..match import Mixer
-from ..per_length import convolutions, per_length
+from ..per_length import per_length
 from ..states import Reach
 from . import Counter, Example
 from .selective_scan import _SCAN

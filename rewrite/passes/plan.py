@@ -46,6 +46,7 @@ _RUNTIME_CACHES = "mlxrewrite.runtime.caches"
 _SITES = "mlxrewrite.runtime.sites"
 _HOMES = {  # where the runtime's names are, if not among the sites
     "initialize_rope": "mlxrewrite.runtime.rope",
+    "on_rows": "mlxrewrite.runtime.row_states",
     "per_length": "mlxrewrite.runtime.per_length",
     "convolve": "mlxrewrite.runtime.recurrences",
     "delta_rule": "mlxrewrite.runtime.recurrences",
@@ -60,6 +61,8 @@ _HOMES = {  # where the runtime's names are, if not among the sites
     "selective_scan": "mlxrewrite.runtime.recurrences",
     "shifted_rows": "mlxrewrite.runtime.row_states",
     "state_space_dual": "mlxrewrite.runtime.recurrences",
+    "window_state": "mlxrewrite.runtime.row_states",
+    "windows": "mlxrewrite.runtime.row_states",
 }
 _WORST = ("kernel", "gathered", "per-sequence")
 
@@ -285,7 +288,7 @@ def _route(program: Program, own: Verdict, judgements: Judgements) -> str:
 
 def _undriven_classes(matches: Iterable[Match]) -> frozenset[str]:
     """Classes whose methods stay as they are: the runtime hands them what they expect."""
-    whole = {"per_sequence", "per_length"}
+    whole = {"per_sequence", "per_length", "on_rows"}
     return frozenset(m.class_name for m in matches if whole & {site.rule for site in m.sites})
 
 
