@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.generate import StopSequences
 from mlx_lm.models.cache import make_prompt_cache
-from mlxrewrite.runtime import per_length
+from mlxrewrite.runtime import per_length, row_runs, row_states
 from mlxrewrite.runtime.cache import PagedCache
 from mlxrewrite.runtime.compare import compare, original_logits, rewritten_logits
 from mlxrewrite.runtime.engine import Engine, Request
@@ -93,17 +94,6 @@ def test_rows_stay_where_they_are_while_the_batch_does():
     assert table.read(0, (7,)).tolist() == [[3, 4]]
 
 
-def test_sequences_of_two_arrays_in_turn_are_few_gathers(monkeypatch):
-    """However many sequences there are: one from each array, and one that orders them."""
-    table, calls, take = StateTable(1), [], mx.take
-    table.write(0, tuple(range(0, 20, 2)), mx.arange(0, 20, 2)[:, None])
-    table.write(0, tuple(range(1, 20, 2)), mx.arange(1, 20, 2)[:, None])
-    monkeypatch.setattr(mx, "take", lambda *a, **named: calls.append(a) or take(*a, **named))
-    wanted = [7, 2, 3, 4, 19, 0, 1, 6]
-    assert table.read(0, tuple(wanted)).tolist() == [[n] for n in wanted]
-    assert len(calls) == 3
-
-
 def test_a_sequence_that_waits_does_not_keep_the_batch_in_memory():
     table = StateTable(1)
     table.write(0, tuple(range(8)), mx.zeros((8, 100)))
@@ -160,14 +150,14 @@ def _a_freed_slot_s_state_for_a_new_sequence(patch):
                 plain(self, index, (sequence,), left[id(self), index])
         return plain_read(self, index, sequences)
 
-    plain_read = StateTable.read
-
     def known(self, index, sequences):
-        return tuple(holds(self, sequence)[index] is not None for sequence in sequences)
+        slots = self._slots[index]
+        return tuple(s in slots or (id(self), index) in left for s in sequences)
 
+    plain_read = StateTable.read
+    patch.setattr(StateTable, "known", known)
     patch.setattr(StateTable, "write", write)
     patch.setattr(StateTable, "holds", holds)
-    patch.setattr(StateTable, "known", known)
     patch.setattr(StateTable, "read", read)
 
 
@@ -191,13 +181,40 @@ def _results_in_the_order_of_groups(patch):
     patch.setattr(per_length, "rows_of", rows_of)
 
 
+def _results_in_the_order_of_runs(patch):
+    plain = row_runs.Runs.joined
+
+    def joined(self, outputs):
+        order = None if self.order is None else self.order[::-1]
+        return plain(replace(self, order=order), outputs)
+
+    patch.setattr(row_runs.Runs, "joined", joined)
+
+
+def _windows_without_what_is_held(patch):
+    plain = row_states.window_rows
+    patch.setattr(
+        row_states, "window_rows", lambda parts, begun, taps: plain(parts, begun, taps) * 0 + taps
+    )
+
+
+ON_ROWS, PER_LENGTH = "qwen3_next", "plamo2"
+
+
 @pytest.mark.parametrize(
     ("bug", "name"),
     [
-        (_another_sequence_s_slot, "qwen3_next"),
-        (_a_freed_slot_s_state_for_a_new_sequence, "qwen3_next"),
-        (_convolution_state_off_by_one, "qwen3_next"),
-        (_results_in_the_order_of_groups, "recurrent_gemma"),  # once per length
+        *itertools.product(
+            (
+                _another_sequence_s_slot,
+                _a_freed_slot_s_state_for_a_new_sequence,
+                _convolution_state_off_by_one,
+            ),
+            (ON_ROWS, PER_LENGTH),
+        ),
+        (_results_in_the_order_of_groups, PER_LENGTH),
+        (_results_in_the_order_of_runs, ON_ROWS),
+        (_windows_without_what_is_held, ON_ROWS),
     ],
 )
 def test_seeded_bugs_are_seen(bug, name, monkeypatch):

@@ -197,7 +197,7 @@ class LibraryCalls(Builtins):
         if self.sequences or self.on_rows:
             return self.call_op(last, args, more)
         if last in _ONCE:
-            if not args:  # the decorator is told ranks
+            if not any(isinstance(a, Routine) for a in args):  # the decorator is told ranks
                 return Library(name)
             return Library("per_sequence", Tuple((*args, Known(_ONCE[last]))))
         if last in ROW_OPS:
