@@ -3,13 +3,16 @@
 
     python benchmarks/mla.py [--layers 4] [--heads 128] [--rank 512] [--rope 64] [--rounds 7]
                              [--decode 1x8192,16x4096,64x2048] [--prefill 2048+0,512+8192]
-                             [--dtype bfloat16] [--json FILE]
+                             [--alone 64x2048,64x2049] [--dtype bfloat16] [--json FILE]
                              [--sweep [--rows 2,4,8,...] [--contexts 0,512,...] [--beside 0,32]]
 
 Both run the same stack of latent attention layers, whose model is narrow so that little but the
 attention is timed, on the default device. `--decode BxT`: one token for each of B sequences of T
 positions. `--prefill N+T`: N tokens of one sequence that has T positions; the rewritten model is
 timed as its policy decides and with each form forced. Times are medians of rounds, a layer.
+
+`--alone BxT`: attention itself, in a chain of calls that is built before the clock runs, over
+blocks in random order.
 
 Decode is set against two bounds, measured here: an elementwise copy (GB/s of latent bytes, each
 read once) and a square matrix product (arithmetic of scores and values, all heads). The larger
@@ -30,21 +33,25 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx import nn
 from mlx_lm.models import deepseek_v3 as upstream
 from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import KVCache
-from mlxrewrite.kernels import policy
+from mlxrewrite.kernels import ops, policy
+from mlxrewrite.kernels.ops import Ragged
 from mlxrewrite.runtime.cache import PagedCache
 from mlxrewrite.runtime.caches import KVCache as KVSpec
 from mlxrewrite.runtime.load import rewritten_module
 from mlxrewrite.runtime.sites import paged_mask
 
 WIDTH = 128  # of the model around the attention
+CALLS = 12  # of a chain
 BESIDE = 1024  # positions of sequences that decode beside a piece
 
 
@@ -194,7 +201,7 @@ def decode(options: argparse.Namespace, models: tuple[Stack, Stack], case: str) 
     return {
         "case": f"decode {case}",
         **report(times, options),
-        **bounds(times, options, case),
+        **bounds(times, options, sequences * (positions + 1), options.layers),
         "recorded_steps": recorder.replayed,
         "not_recorded": recorder.lacking,
     }
@@ -293,15 +300,49 @@ def report(times: dict[str, list[float]], options: argparse.Namespace) -> dict[s
     }
 
 
-def bounds(times: dict[str, list[float]], options: argparse.Namespace, case: str) -> dict[str, Any]:
+def alone(options: argparse.Namespace, case: str) -> dict[str, Any]:
+    """The absorbed form's kernels over latents of equally long sequences."""
     sequences, positions = (int(part) for part in case.split("x"))
-    entries = sequences * (positions + 1)
+    dtype, width, block = getattr(mx, options.dtype), options.rank + options.rope, 16
+    each = -(-positions // block)
+    order = np.random.default_rng(0).permutation(sequences * each).reshape(sequences, each)
+    pool = ops.new_pool(
+        num_blocks=sequences * each,
+        block_size=block,
+        kv_heads=1,
+        key_dim=width,
+        value_dim=None,
+        dtype=dtype,
+    )
+    latents = mx.random.normal(pool.keys.shape).astype(dtype)
+    pool = replace(pool, keys=latents)
+    ragged = Ragged.build([1] * sequences, [positions] * sequences, order.tolist(), block)
+    queries = mx.random.normal((sequences, options.heads, width)).astype(dtype)
+    mx.eval(latents, queries)
+    spent = []
+    for _ in range(options.rounds + 2):
+        made = []
+        for _ in range(CALLS):
+            out, pool = ops.attention(
+                queries, pool, ragged, scale=width**-0.5, value_dim=options.rank
+            )
+            made.append(out)
+        mx.synchronize()
+        spent.append(seconds(lambda made=made: made) / CALLS)
+    times = {"attention": spent[2:]}
+    found = bounds(times, options, sequences * positions)
+    return {"case": f"alone {case}", "us": round(median(spent[2:]) * 1e6, 1), **found}
+
+
+def bounds(
+    times: dict[str, list[float]], options: argparse.Namespace, entries: int, layers: int = 1
+) -> dict[str, Any]:
     held = entries * (options.rank + options.rope) * getattr(mx, options.dtype).size
     work = 2 * entries * options.heads * (2 * options.rank + options.rope)
     by_bytes, by_work = held / options.copy, work / options.product
     found: dict[str, Any] = {"bound": "bytes" if by_bytes > by_work else "arithmetic"}
     for name, values in times.items():
-        spent = median(values) / options.layers
+        spent = median(values) / layers
         found[name] = {
             "latent_gb_per_s": round(held / spent / 1e9, 1),
             "of_copy": round(by_bytes / spent, 3),
@@ -320,6 +361,7 @@ def main() -> int:
     parser.add_argument("--content", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--decode", default="1x8192,16x4096,64x2048")
+    parser.add_argument("--alone", default="1x8192,16x4096,64x2048,64x4096")
     parser.add_argument("--prefill", default="2048+0,512+8192,64+8192")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--copy-bytes", type=int, default=1 << 30)
@@ -365,6 +407,7 @@ def measure(options: argparse.Namespace, models: tuple[Stack, Stack]) -> dict[st
     options.copy = copy_rate(options.copy_bytes, dtype)
     options.product = product_rate(options.product, dtype)
     results = [decode(options, models, case) for case in options.decode.split(",") if case]
+    results += [alone(options, case) for case in options.alone.split(",") if case]
     results += [prefill(options, models, case) for case in options.prefill.split(",") if case]
     return {
         "copy_gb_per_s": round(options.copy / 1e9, 1),

@@ -313,8 +313,8 @@ STEP_KNOBS = Knobs(state_specs, {"ROWS": (2, 4, 8), "MOST_SIMDGROUPS": (2, 4)})
 WKV_KNOBS = Knobs(low_rank_specs, {"NARROW_ROWS": (4, 8, 16)})
 SELECTIVE_KNOBS = Knobs(selective, {"SEQUENCES": (1, 2, 4, 8), "SIMDGROUPS": (2, 4, 8)})
 WALK_KNOBS = (
-    Knobs(selective, {"PART": (4, 8, 16), "AHEAD": (2, 4, 8), "SIMDGROUPS": (2, 4)}),
-    Knobs(selective, {"ENOUGH_SIMDGROUPS": (1024, 2048, 4096, 8192, 16384)}),
+    Knobs(selective, {"PART": (4, 8, 16), "ENOUGH_SIMDGROUPS": (2048, 4096, 8192, 16384)}),
+    Knobs(selective, {"AHEAD": (2, 4, 8), "SIMDGROUPS": (2, 4, 8)}),
 )
 
 

@@ -435,11 +435,12 @@ def test_the_benchmark_runs_on_small_sizes(tmp_path):
     script = Path(__file__).parent.parent / "benchmarks" / "mla.py"
     target = tmp_path / "result.json"
     sizes = "--layers 2 --heads 4 --rank 32 --rope 8 --content 16 --dtype float32 --rounds 1"
-    cases = "--decode 2x16 --prefill 20+8 --copy-bytes 100000 --product 64 --json"
+    cases = "--decode 2x16 --alone 3x20 --prefill 20+8 --copy-bytes 100000 --product 64 --json"
     run = [sys.executable, str(script), *sizes.split(), *cases.split(), str(target)]
     subprocess.run(run, check=True, capture_output=True)
-    decode, prefill = json.loads(target.read_text())["results"]
+    decode, attention, prefill = json.loads(target.read_text())["results"]
     assert set(decode["us_per_layer"]) == {"mlx_lm", "mlxrewrite"}
+    assert attention["us"] > 0
     assert set(prefill["us_per_layer"]) >= {"absorbed", "materialised"}
     assert min(decode["us_per_layer"].values()) > 0 and decode["bound"] in ("bytes", "arithmetic")
 
