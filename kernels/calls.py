@@ -281,24 +281,19 @@ def _tiled(
     some = None if len(sequences) == ragged.num_sequences else sequences
 
     def make(step: Ragged) -> TiledPlan:
-        chosen = step.everyone if some is None else some
-        size = 16 * whole.row_tiles
-        keys = sum(
-            -(-step.query_lens[i] * whole.group // size)
-            * min(step.context_lens[i], (band or 1 << 30) + step.query_lens[i])
-            for i in chosen
-        )
+        chosen = list(step.everyone if some is None else some)
+        lengths = np.array(step.query_lens)[chosen]
+        pieces = -(-lengths * whole.group // (16 * whole.row_tiles))
+        seen = np.minimum(np.array(step.context_lens)[chosen], (band or 1 << 30) + lengths)
         return tiled_plan(
             step,
-            chosen,
+            tuple(chosen),
             window=window,
             chunk=chunk,
             group=whole.group,
             row_tiles=whole.row_tiles,
             tile=whole.tile,
-            split=policy.split(
-                "tiled", whole.tile, keys, layer.kv_heads, alone=policy.alone(whole)
-            ),
+            split=policy.many_split(whole, seen, pieces),
         )
 
     shape = (whole.row_tiles, whole.tile, whole.group, policy.alone(whole))

@@ -12,6 +12,9 @@ from dataclasses import asdict, dataclass
 from functools import wraps
 from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar
 
+import numpy as np
+import numpy.typing as npt
+
 from . import launch
 from .specs import (
     DTYPES,
@@ -338,6 +341,40 @@ def split(
     wanted = wanted if even else wanted // 4
     least = max(tile, LEAST_SPLIT[kind])
     return max(least, 1 << max(0, wanted - 1).bit_length())
+
+
+def many_split(
+    spec: StagedSpec | TiledSpec, seen: npt.NDArray[np.int64], pieces: npt.NDArray[np.int64]
+) -> int:
+    """Keys of one threadgroup: seen [n] of each sequence, pieces [n] of its packed rows."""
+    if alone(spec) and spec.shared_values:
+        return spec.tile * latent_split(-(-seen // spec.tile), pieces * spec.kv_heads, spec.tile)
+    return split("tiled", spec.tile, int(seen @ pieces), spec.kv_heads, alone=alone(spec))
+
+
+# What a threadgroup of the kernel for latents takes before and after its tiles, and merging parts,
+# in the time of a tile of 64 keys; fitted to an H100 (docs/mla.md).
+_TURN, _MERGE, _MERGED = 10.0, 1.6, 0.04
+_PARTS = np.array([1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64])
+
+
+def latent_split(
+    tiles: npt.NDArray[np.int64], pieces: npt.NDArray[np.int64], tile: int = 64
+) -> int:
+    """Tiles of one threadgroup, where each has a processor to itself: what ends first.
+
+    tiles [n] of each sequence, pieces [n] of its packed rows that walk along them. The processors
+    take threadgroups in turns; more and shorter ones fill the last turn, and cost a start each and
+    a merge of what they leave.
+    """
+    least = LEAST_SPLIT["tiled"] // tile
+    each = np.maximum(-(-int(tiles.max()) // _PARTS), least)
+    counts = (-(-tiles[:, None] // each) * pieces[:, None]).sum(axis=0)
+    work = counts * _TURN + int(tiles @ pieces)
+    turns = -(-counts // (THREADGROUPS["cuda"] // 2))
+    ends = np.maximum(each + _TURN, turns * work / counts)
+    ends += np.where(counts > int(pieces.sum()), _MERGE + _MERGED * counts, 0)
+    return int(each[np.argmin(ends)])
 
 
 def alone(spec: StagedSpec | TiledSpec) -> bool:

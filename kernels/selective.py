@@ -21,12 +21,12 @@ from .scan import doubled
 from .specs import DTYPES
 from .state_specs import SelectiveScanSpec, SelectiveStepSpec, dtype_name
 
-PART = 4  # states of a lane
+PART = 8  # states of a lane that walks along a prompt, at most
 AHEAD = 4  # tokens loaded before they are needed
 SIMDGROUPS = 4
 SEQUENCES = 4  # of a lane, in a step
 # Walking twice pays if there are more pieces than two, each long enough to be worth a launch.
-ENOUGH_SIMDGROUPS = 2048
+ENOUGH_SIMDGROUPS = 4096
 SHORTEST_PIECE = 64
 FEWEST_PIECES = 3
 CHUNK = 64  # tokens that the plain form holds all states of
@@ -77,7 +77,7 @@ def selective_scan(
     kinds = dtype_name(rows), dtype_name(weights), dtype_name(out)
     if length == 1:
         return _step(inputs, kinds, out)
-    simdgroups = count * -(-channels * (states // PART) // 32)
+    simdgroups = count * -(-channels * (states // min(PART, states)) // 32)
     return _walk(inputs, kinds, out, pieces or _pieces(simdgroups, length))
 
 
@@ -132,8 +132,9 @@ def _walk(
     tokens = -(-length // pieces)
     pieces = -(-length // tokens)
     given = {**inputs, "sizes": sizes(length, pieces, tokens)}
-    groups = count * pieces * _parts(channels, states, PART)
-    fixed = (*kinds, channels, states, PART, AHEAD, SIMDGROUPS)
+    part = min(PART, states)
+    groups = count * pieces * _parts(channels, states, part)
+    fixed = (*kinds, channels, states, part, AHEAD, SIMDGROUPS)
     if pieces > 1:
         spec = SelectiveScanSpec(*fixed, ends=True, joined=False)
         ends = (count, pieces, channels, states)

@@ -68,8 +68,8 @@ def test_pieces_of_a_prompt_are_joined(pieces):
 
 
 def test_how_many_pieces():
-    assert selective._pieces(640, 4096) == 3  # channels of a large model
-    assert selective._pieces(64, 4096) == 32 and selective._pieces(64, 640) == 10
+    assert selective._pieces(320, 4096) == 12  # channels of a large model
+    assert selective._pieces(64, 4096) == 64 and selective._pieces(64, 640) == 10
     assert selective._pieces(4000, 4096) == 1 and selective._pieces(64, 100) == 1
 
 
