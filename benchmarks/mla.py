@@ -14,8 +14,8 @@ timed as its policy decides and with each form forced. Times are medians of roun
 `--alone BxT`: attention itself, in a chain of calls that is built before the clock runs, over
 blocks in random order.
 
-Decode is set against two bounds, measured here: an elementwise copy (GB/s of latent bytes, each
-read once) and a square matrix product (arithmetic of scores and values, all heads). The larger
+Decode is set against two bounds, measured here: an elementwise copy (GB/s of latents, queries and
+outputs, each moved once) and a square matrix product (arithmetic of scores and values, all heads). The larger
 time of the two is the bound, `of_bound` the share of it that is reached.
 
 `--sweep` looks for the policy's limits instead: pieces of few and many rows that continue few and
@@ -201,7 +201,7 @@ def decode(options: argparse.Namespace, models: tuple[Stack, Stack], case: str) 
     return {
         "case": f"decode {case}",
         **report(times, options),
-        **bounds(times, options, sequences * (positions + 1), options.layers),
+        **bounds(times, options, sequences, positions + 1, options.layers),
         "recorded_steps": recorder.replayed,
         "not_recorded": recorder.lacking,
     }
@@ -330,22 +330,29 @@ def alone(options: argparse.Namespace, case: str) -> dict[str, Any]:
         mx.synchronize()
         spent.append(seconds(lambda made=made: made) / CALLS)
     times = {"attention": spent[2:]}
-    found = bounds(times, options, sequences * positions)
+    found = bounds(times, options, sequences, positions)
     return {"case": f"alone {case}", "us": round(median(spent[2:]) * 1e6, 1), **found}
 
 
 def bounds(
-    times: dict[str, list[float]], options: argparse.Namespace, entries: int, layers: int = 1
+    times: dict[str, list[float]],
+    options: argparse.Namespace,
+    sequences: int,
+    positions: int,
+    layers: int = 1,
 ) -> dict[str, Any]:
-    held = entries * (options.rank + options.rope) * getattr(mx, options.dtype).size
+    entries, size = sequences * positions, getattr(mx, options.dtype).size
+    held = entries * (options.rank + options.rope) * size
+    rows = sequences * options.heads * (2 * options.rank + options.rope) * size
     work = 2 * entries * options.heads * (2 * options.rank + options.rope)
-    by_bytes, by_work = held / options.copy, work / options.product
+    by_bytes, by_work = (held + rows) / options.copy, work / options.product
     found: dict[str, Any] = {"bound": "bytes" if by_bytes > by_work else "arithmetic"}
     for name, values in times.items():
         spent = median(values) / layers
         found[name] = {
             "latent_gb_per_s": round(held / spent / 1e9, 1),
             "of_copy": round(by_bytes / spent, 3),
+            "latents_of_copy": round(held / options.copy / spent, 3),
             "tflop_per_s": round(work / spent / 1e12, 2),
             "of_bound": round(max(by_bytes, by_work) / spent, 3),
         }
