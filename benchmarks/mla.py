@@ -15,8 +15,8 @@ timed as its policy decides and with each form forced. Times are medians of roun
 blocks in random order.
 
 Decode is set against two bounds, measured here: an elementwise copy (GB/s of latents, queries and
-outputs, each moved once) and a square matrix product (arithmetic of scores and values, all heads). The larger
-time of the two is the bound, `of_bound` the share of it that is reached.
+outputs, each moved once) and a square matrix product (arithmetic of scores and values, all heads).
+The larger time of the two is the bound, `of_bound` the share of it that is reached.
 
 `--sweep` looks for the policy's limits instead: pieces of few and many rows that continue few and
 many positions, absorbed and materialised in turn, alone and beside sequences that decode. It tells

@@ -1,24 +1,16 @@
-"""The kernels on a GPU, against float64, and what only a GPU can show: that writes are in place.
-
-MLXREWRITE_BACKEND=metal or cuda asks for these tests, and fails without such a device; otherwise
-they run where MLX's default device is one. On Metal they have not yet been run.
-"""
+"""The kernels on a GPU, against float64, and what only a GPU can show: that writes are in place."""
 
 from __future__ import annotations
 
 import itertools
-import os
 from dataclasses import replace
 
+import gpu
 import kernel_cases as cases
 import low_rank_cases
-import selective_cases
-
-# MLX's own products of float32 round to tf32 on CUDA unless told not to; it reads this once.
-os.environ["MLX_ENABLE_TF32"] = "0"
-
 import mlx.core as mx
 import pytest
+import selective_cases
 from kernel_cases import TOLERANCE, Case
 from mlxrewrite.kernels import calls, launch, low_rank, ops, policy, selective, shift
 from mlxrewrite.kernels.ops import Ragged
@@ -26,14 +18,7 @@ from mlxrewrite.runtime.cache import PagedCache
 from mlxrewrite.runtime.engine import Engine, Request
 from runtime_models.pairs import make_pair
 
-WANTED = os.environ.get("MLXREWRITE_BACKEND")
-HERE = launch.active() if WANTED in (None, "metal", "cuda") else None
-if WANTED in ("metal", "cuda") and HERE != WANTED:
-    raise RuntimeError(f"MLXREWRITE_BACKEND is {WANTED}, but MLX's default device runs {HERE}")
-pytestmark = [
-    pytest.mark.skipif(HERE is None, reason="needs a Mac or an NVIDIA GPU"),
-    *([getattr(pytest.mark, HERE)] if HERE else [pytest.mark.metal, pytest.mark.cuda]),
-]
+pytestmark = gpu.MARKS
 
 SINGLE = {"query_lens": (1,) * 5, "context_lens": (1, 37, 200, 1000, 129)}
 MIXED = {"query_lens": (1, 5, 70, 3, 130), "context_lens": (9, 37, 170, 900, 130)}
