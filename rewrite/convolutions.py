@@ -85,6 +85,8 @@ def windows(mixer: Mixer, kind: str) -> Ops:
             edits.append(replace(mixer.source, effect.value.span, text, kind))
             sites.append(Site(JOIN, mixer.place(effect.value)))
             for cut, _, text in cuts:
+                note = f"{kind} keeps what the last row of each sequence would"
+                edits.append(site_comment(mixer.source, cut.span, note, kind))
                 edits.append(replace(mixer.source, cut.span, f"{KEEP}({text})", kind))
                 sites.append(Site(KEEP, mixer.place(cut)))
             for inner in _inner_convolutions(mixer, method, effect.value):

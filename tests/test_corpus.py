@@ -80,7 +80,7 @@ def test_no_line_of_a_generated_file_is_unexplained(corpus):
     marks = ("mlxrewrite", "paged_", "last_rows(", "sequence_mask(", "@per_", "row_positions(",
              "previous_rows(", "_step(x[:, :T]",
              "delta_rule(", "state_space_dual(", "convolve(", "_scan(", "chunked_mask(",
-             "shifted_rows(", "last_of_sequences(",
+             "shifted_rows(", "last_of_sequences(", "@on_rows", "windows(", "window_state(",
              "mlx_lm.", "# Code generated", "# mlx-lm ", "from .", "keys = keys", "values = values",
              "tiled_heads", "update_and_fetch_latents(", "update_and_fetch_index(",
              "), cache)")  # fmt: skip

@@ -17,24 +17,32 @@ pytestmark = gpu.MARKS
 CONFIGS = Path(__file__).parent / "configs"
 LENGTHS = (1, 2, 3, 9, 17, 33, 64, 65, 90, 40, 5, 70)
 NEW = 20
-# Wide enough for the kernels of single tokens, which smaller ones leave to plain ops.
-WIDE = {
+# Wide enough for kernels, which smaller heads and states leave to plain ops; ropes of 16 wide heads
+# do not launch for more than 63 rows of two heads on CUDA (MLX 0.32.4).
+HEADS, WIDE = {"head_dim": 32}, {"hidden_size": 128}
+MODELS: dict[str, dict[str, int]] = {
+    "llama": HEADS,
+    "gemma2": HEADS,
+    "mamba": {},
     "mamba2": {"state_size": 32},
-    "qwen3_next": {"linear_key_head_dim": 32, "linear_value_head_dim": 32},
+    "qwen3_next": {"head_dim": 64, "linear_key_head_dim": 32, "linear_value_head_dim": 32},
+    "lfm2": {**WIDE, "block_dim": 128},
+    "jamba": WIDE,
+    "nemotron_h": {**HEADS, "ssm_state_size": 32},
+    "falcon_h1": {**HEADS, "mamba_d_state": 32},
+    "granitemoehybrid": {**WIDE, "mamba_d_head": 32, "mamba_d_state": 32},
+    "olmo_hybrid": {**WIDE, "linear_key_head_dim": 32, "linear_value_head_dim": 32},
+    "bailing_moe_linear": {"head_dim": 64},
+    "rwkv7": {},
+    "deepseek_v3": {"kv_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32},
 }
-NAMES = (
-    "llama", "gemma2", "mamba2", "qwen3_next", "mamba", "lfm2", "kimi_linear", "jamba",
-    "olmo_hybrid", "bailing_moe_linear", "bailing_hybrid", "nemotron_h", "falcon_h1",
-    "granitemoehybrid", "rwkv7", "recurrent_gemma", "plamo2", "deepseek_v3",
-)  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("name", "more"), [*((n, {}) for n in NAMES), *WIDE.items()], ids=lambda part: str(part)[:40]
-)
-def test_tokens_of_the_engine(name, more):
+@pytest.mark.parametrize("name", MODELS)
+def test_tokens_of_the_engine(name):
     """Prompts of many lengths, read in parts beside others that decode, most in recorded steps."""
-    config = {**json.loads((CONFIGS / f"{name}.json").read_text()), **more}
+    config = {**json.loads((CONFIGS / f"{name}.json").read_text()), **MODELS[name]}
+    config["max_position_embeddings"] = 256
     with mx.stream(mx.cpu):
         original, rewritten, _ = _models(config, None, 0, None, None)
     chance = random.Random(3)
@@ -42,7 +50,9 @@ def test_tokens_of_the_engine(name, more):
     engine = Engine(rewritten, max_rows=128)
     names = [engine.add(Request(prompt, NEW)) for prompt in prompts]
     found = engine.run()
-    assert engine.store is not None and engine.store.cache.recorder.replayed > 5
+    assert engine.store is not None
+    recorder = engine.store.cache.recorder
+    assert recorder.replayed > 5, recorder.lacking
     device = mx.default_device()
     mx.set_default_device(mx.cpu)
     try:

@@ -15,8 +15,8 @@ from mlx_lm.models.base import (
 )
 from mlxrewrite.runtime.caches import ArraysCache, KVCache
 from mlx_lm.models.gated_delta import gated_delta_update, normalize_qk
-from mlxrewrite.runtime.per_length import per_length
 from mlxrewrite.runtime.recurrences import convolve, delta_rule
+from mlxrewrite.runtime.row_states import on_rows, window_state, windows
 from mlxrewrite.runtime.sites import last_rows, paged_attention, paged_mask, sequence_mask
 
 
@@ -102,8 +102,8 @@ class GatedDelta(nn.Module):
         self.norm = nn.RMSNorm(self.value_dim, eps=args.rms_norm_eps)
         self.out_proj = nn.Linear(self.value_rows, dim, bias=False)
 
-    # mlxrewrite: gated_delta runs once for all sequences with equally many rows, over their states
-    @per_length
+    # mlxrewrite: gated_delta runs on all rows, their states are with ops
+    @on_rows
     def __call__(
         self, x: mx.array, mask: Optional[mx.array] = None, cache: Optional[Any] = None
     ) -> mx.array:
@@ -119,14 +119,16 @@ class GatedDelta(nn.Module):
             conv_state = mx.zeros((B, keep, self.conv_dim), dtype=x.dtype)
         if mask is not None:
             qkv = mx.where(mask[..., None], qkv, 0)
-        conv_input = mx.concatenate([conv_state, qkv], axis=1)
+        # mlxrewrite: gated_delta gives each row those before it, or its sequence's state
+        conv_input = windows(conv_state, qkv, keep)
         if cache is not None:
             if cache.lengths is not None:
                 ends = mx.clip(cache.lengths, 0, L)
                 rows = (ends[:, None] + mx.arange(keep))[..., None]
                 cache[0] = mx.take_along_axis(conv_input, rows, axis=1)
             else:
-                cache[0] = mx.contiguous(conv_input[:, -keep:, :])
+                # mlxrewrite: gated_delta keeps what the last row of each sequence would
+                cache[0] = window_state(conv_input, keep)
         # mlxrewrite: gated_delta has a convolution that needs no plan for each shape
         qkv = nn.silu(convolve(conv_input, self.conv1d))
 

@@ -9,8 +9,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.base import BaseModelArgs
 from mlxrewrite.runtime.caches import ArraysCache
-from mlxrewrite.runtime.per_length import per_length
 from mlxrewrite.runtime.recurrences import convolve, selective_scan
+from mlxrewrite.runtime.row_states import on_rows, window_state, windows
 from mlxrewrite.runtime.sites import last_rows
 
 
@@ -51,8 +51,8 @@ class Mixer(nn.Module):
         # mlxrewrite: selective_scan works out its recurrence without a loop over tokens
         return selective_scan(x, steps, rates, B, C, self.D, state)
 
-    # mlxrewrite: selective_scan runs once for all sequences with equally many rows, over their states
-    @per_length
+    # mlxrewrite: selective_scan runs on all rows, their states are with ops
+    @on_rows
     def __call__(self, x: mx.array, cache: Optional[Any] = None) -> mx.array:
         B, L, _ = x.shape
         x, gate = mx.split(self.in_proj(x), 2, axis=-1)
@@ -61,7 +61,8 @@ class Mixer(nn.Module):
         window, state = (cache[0], cache[1]) if cache is not None else (None, None)
         if window is None:
             window = mx.zeros((B, keep, x.shape[-1]), dtype=x.dtype)
-        padded = mx.concatenate([window, x], axis=1)
+        # mlxrewrite: selective_scan gives each row those before it, or its sequence's state
+        padded = windows(window, x, keep)
         # mlxrewrite: selective_scan has a convolution that needs no plan for each shape
         x = nn.silu(convolve(padded, self.conv1d))
 
@@ -71,7 +72,8 @@ class Mixer(nn.Module):
         y, state = self.token(x[:, :L], rates, state)
 
         if cache is not None:
-            cache[0] = padded[:, -keep:]
+            # mlxrewrite: selective_scan keeps what the last row of each sequence would
+            cache[0] = window_state(padded, keep)
             cache[1] = state
         return self.out_proj(y * nn.silu(gate))
 

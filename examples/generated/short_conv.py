@@ -14,8 +14,8 @@ from mlx_lm.models.base import (
     scaled_dot_product_attention,
 )
 from mlxrewrite.runtime.caches import ArraysCache, KVCache
-from mlxrewrite.runtime.per_length import per_length
 from mlxrewrite.runtime.recurrences import convolve
+from mlxrewrite.runtime.row_states import on_rows, window_state, windows
 from mlxrewrite.runtime.sites import last_rows, paged_attention, paged_mask, sequence_mask
 
 
@@ -82,8 +82,8 @@ class ShortConv(nn.Module):
         self.conv = nn.Conv1d(dim, dim, args.conv_kernel, groups=dim, bias=args.conv_bias)
         self.out_proj = nn.Linear(dim, dim, bias=args.conv_bias)
 
-    # mlxrewrite: short_conv runs once for all sequences with equally many rows, over their states
-    @per_length
+    # mlxrewrite: short_conv runs on all rows, their states are with ops
+    @on_rows
     def __call__(
         self, x: mx.array, mask: Optional[mx.array] = None, cache: Optional[Any] = None
     ) -> mx.array:
@@ -98,7 +98,8 @@ class ShortConv(nn.Module):
             state = cache[0]
         else:
             state = mx.zeros((B, keep, D), dtype=inner.dtype)
-        padded = mx.concatenate([state, inner], axis=1)
+        # mlxrewrite: short_conv gives each row those before it, or its sequence's state
+        padded = windows(state, inner, keep)
 
         if cache is not None:
             if cache.lengths is not None:
@@ -107,7 +108,8 @@ class ShortConv(nn.Module):
                 positions = ends[:, None] + mx.arange(keep)
                 cache[0] = mx.take_along_axis(padded, positions[..., None], axis=1)
             else:
-                cache[0] = padded[:, -keep:]
+                # mlxrewrite: short_conv keeps what the last row of each sequence would
+                cache[0] = window_state(padded, keep)
             cache.advance(L)
 
         # mlxrewrite: short_conv has a convolution that needs no plan for each shape

@@ -10,8 +10,8 @@ import mlx.nn as nn
 from mlx_lm.models.base import BaseModelArgs, create_ssm_mask
 from mlxrewrite.runtime.caches import ArraysCache
 from mlx_lm.models.ssm import ssm_update
-from mlxrewrite.runtime.per_length import per_length
 from mlxrewrite.runtime.recurrences import convolve, state_space_dual
+from mlxrewrite.runtime.row_states import on_rows, window_state, windows
 from mlxrewrite.runtime.sites import last_rows, sequence_mask
 
 
@@ -74,18 +74,20 @@ class Mixer(nn.Module):
             state = cache[0]
             if state is None:
                 state = mx.zeros((x.shape[0], keep, self.conv_dim), dtype=x.dtype)
-            x = mx.concatenate([state, x], axis=1)
+            # mlxrewrite: state_space_dual gives each row those before it, or its sequence's state
+            x = windows(state, x, keep)
             if cache.lengths is not None:
                 ends = mx.clip(cache.lengths, 0, L)
                 rows = ends[:, None] + mx.arange(keep)
                 cache[0] = mx.take_along_axis(x, rows[..., None], axis=1)
             else:
-                cache[0] = x[:, -keep:, :]
+                # mlxrewrite: state_space_dual keeps what the last row of each sequence would
+                cache[0] = window_state(x, keep)
         # mlxrewrite: state_space_dual has a convolution that needs no plan for each shape
         return nn.silu(convolve(x, self.conv1d))
 
-    # mlxrewrite: state_space_dual runs once for all sequences with equally many rows, over their states
-    @per_length
+    # mlxrewrite: state_space_dual runs on all rows, their states are with ops
+    @on_rows
     def __call__(
         self, x: mx.array, mask: Optional[mx.array] = None, cache: Optional[Any] = None
     ) -> mx.array:
