@@ -32,7 +32,7 @@ MODELS: dict[str, dict[str, int]] = {
     "falcon_h1": {**HEADS, "mamba_d_state": 32},
     "granitemoehybrid": {**WIDE, "mamba_d_head": 32, "mamba_d_state": 32},
     "olmo_hybrid": {**WIDE, "linear_key_head_dim": 32, "linear_value_head_dim": 32},
-    "bailing_moe_linear": {"head_dim": 64},
+    "bailing_moe_linear": {"hidden_size": 256, "head_dim": 64},
     "rwkv7": {},
     "deepseek_v3": {"kv_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32},
 }
