@@ -103,6 +103,8 @@ def test_what_may_join_sequences_is_not_on_rows(body):
     [
         # Something else is kept than the end of what was joined.
         (KEPT, "cache[0] = padded[:, -keep - 1 :]\n"),
+        (KEPT, "cache[1] = padded[:, -keep:]\n"),
+        (KEPT, "cache[L % 2] = padded[:, -keep:]\n"),
         (KEPT, "cache[0] = padded[:, :keep]\n"),
         (KEPT, "cache[0] = padded[:, -keep:-1]\n"),
         (KEPT, "cache[0] = padded[:, -keep:, :4]\n"),
