@@ -8,7 +8,7 @@ in another, or in Python. Without a proof the mixer runs once per sequence.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from .axes import Interpreter, Text, World, text_of
 from .axes.domain import LENGTH, NONE, ROWS, Array, Value, choice, feature
@@ -46,15 +46,13 @@ def kept_apart(
     call = mixer.cls.methods["__call__"]
     if len(call.params) < 2 or any(p.kind.startswith("*") for p in call.function.parameters):
         return _unknown("arguments of any number")
-    text = _text(mixer, tuple(edits))
-    if text is None:
+    world = _world(mixer, edits)
+    if world is None:
         return _unknown("edits that do not fit together")
-    _, first, *others = (p.name for p in call.function.parameters)
-    cached = {p.data[1] for p in call.params if p.op == "param" and mixer.is_cache(p)}
+    first, others, cached = _parameters(mixer)
     plain = {name: (NONE, STATES) if name in cached else _PLAIN for name in others}
 
     set_ = frozenset(_set_elsewhere(mixer))
-    world = World(lambda name: _read(mixer, name), {mixer.source.module: text})
 
     def proof(more: dict[str, tuple[Value, ...]]) -> Failure | None:
         given = {name: choice(values) for name, values in (plain | more).items()}
@@ -85,35 +83,47 @@ def kept_apart(
 
 
 def rows_alone(
-    mixer: Mixer,
-    edits: Iterable[Edit],
-    ranks: Mapping[str, tuple[int, ...]],
-    positions: Collection[str] = (),
-) -> Failure | None:
-    """Why a mixer that keeps sequences apart may not run on rows [T, 1, ...], its source after
-    `edits`; None if what it does of a token depends on nothing but that and what ops read.
+    mixer: Mixer, edits: Iterable[Edit], ranks: Mapping[str, tuple[int, ...]]
+) -> tuple[str, ...] | None:
+    """Whether a mixer that keeps sequences apart may run on rows [T, 1, ...], its source after
+    `edits`: if what it does of a token depends on nothing but that and what ops read.
 
-    `positions` are parameters that are always given the rows' positions.
+    The parameters that must always be given the rows' positions for that; None if it may not.
     """
-    text = _text(mixer, tuple(edits))
-    if text is None:
-        return _unknown("edits that do not fit together")
-    call = mixer.cls.methods["__call__"]
-    _, first, *others = (p.name for p in call.function.parameters)
-    cached = {p.data[1] for p in call.params if p.op == "param" and mixer.is_cache(p)}
+    world = _world(mixer, edits)
+    if world is None:
+        return None
+    first, others, cached = _parameters(mixer)
     given: dict[str, Value] = {name: choice(_PLAIN) for name in others}
     given |= dict.fromkeys(cached, STATES)
     for name, more in ranks.items():
         if name != first:
             given[name] = choice((given[name], *(_ROWS[rank] for rank in more)))
-    given |= dict.fromkeys(positions, _ROWS[1])
     given[first] = _ROWS[ranks[first][0]]
-    world = World(lambda name: _read(mixer, name), {mixer.source.module: text})
-    for name in _instances(mixer):
-        failure = Interpreter(world, {}).rows_alone(mixer.source.module, name, given)
-        if failure is not None:
-            return failure
+    numbers = ((name,) for name, more in ranks.items() if name != first and 1 in more)
+    for positions in ((), *numbers):
+        each = given | dict.fromkeys(positions, _ROWS[1])
+        if all(
+            Interpreter(world, {}).rows_alone(mixer.source.module, name, each) is None
+            for name in _instances(mixer)
+        ):
+            return positions
     return None
+
+
+def _world(mixer: Mixer, edits: Iterable[Edit]) -> World | None:
+    """What proofs read: the mixer's file after the edits, others as they are."""
+    text = _text(mixer, tuple(edits))
+    if text is None:
+        return None
+    return World(lambda name: _read(mixer, name), {mixer.source.module: text})
+
+
+def _parameters(mixer: Mixer) -> tuple[str, list[str], set[str]]:
+    """Of the mixer's `__call__`: its first parameter, the others, and which of them are caches."""
+    call = mixer.cls.methods["__call__"]
+    _, first, *others = (p.name for p in call.function.parameters)
+    return first, others, {p.data[1] for p in call.params if p.op == "param" and mixer.is_cache(p)}
 
 
 def _unknown(message: str) -> Failure:

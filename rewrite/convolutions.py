@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from .edits import Ops, add_argument, names_before, replace, site_comment, spell
 from .ir import Edit, Effect, Method, Site, Value
-from .match import Mixer, callee_name, every_value, library_call, through, uses
+from .match import Mixer, every_value, library_call, made_by, through, uses
 from .previous import _is_slice
 from .states import Reach
 
@@ -67,7 +67,8 @@ def windows(mixer: Mixer, kind: str) -> Ops:
     sites: list[Site] = []
     edits: list[Edit] = []
     own = {id(method) for method in mixer.program.modules[mixer.cls.module].methods()}
-    for method in Reach(mixer).methods:
+    reach = Reach(mixer)
+    for method in reach.methods:
         for effect in method.calls() if id(method) in own else ():
             state = _state(mixer, method, effect.value)
             if state is None:
@@ -89,34 +90,26 @@ def windows(mixer: Mixer, kind: str) -> Ops:
                 edits.append(site_comment(mixer.source, cut.span, note, kind))
                 edits.append(replace(mixer.source, cut.span, f"{KEEP}({text})", kind))
                 sites.append(Site(KEEP, mixer.place(cut)))
-            for inner in _inner_convolutions(mixer, method, effect.value):
+            for inner in _inner_convolutions(reach, method, effect.value):
                 edits += _convolved(mixer, inner, kind)
                 sites.append(Site("convolve", mixer.place(inner.value)))
     names = tuple(n for n in (JOIN, KEEP, "convolve") if any(site.rule == n for site in sites))
     return Ops(tuple(sites), tuple(edits), names)
 
 
-def _inner_convolutions(mixer: Mixer, method: Method, join: Value) -> Iterator[Effect]:
+def _inner_convolutions(reach: Reach, method: Method, join: Value) -> Iterator[Effect]:
     """`self.conv(joined)` in a class that the mixer is built from."""
-    if method.owner == mixer.cls.qualified:
+    if method.owner == reach.mixer.cls.qualified:
         return
-    owners = [c for c in Reach(mixer).classes if any(m is method for m in c.methods.values())]
+    owners = [c for c in reach.classes if any(m is method for m in c.methods.values())]
     for effect in method.calls():
         call = effect.value
-        if (
-            len(call.args) != 2
-            or call.data != (None,)
-            or not any(part is join for part in _either(call.args[1]))
-        ):
+        if len(call.args) != 2 or call.data != (None,):
             continue
-        name = call.args[0].data if call.args[0].op == "attr" else None
-        for cls in owners:
-            made = mixer.program.attribute(cls, name) if isinstance(name, str) else None
-            if made is not None and any(
-                part.op == "call" and callee_name(mixer.program, part) == CONVOLUTION
-                for part in made.walk()
-            ):
-                yield effect
+        if any(part is join for part in _either(call.args[1])) and any(
+            made_by(reach.program, cls, call.args[0], {CONVOLUTION}) for cls in owners
+        ):
+            yield effect
 
 
 def _state(mixer: Mixer, method: Method, call: Value) -> Value | None:

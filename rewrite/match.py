@@ -244,15 +244,7 @@ class Mixer:
         ]
 
     def _is_made_by(self, callee: Value, constructors: set[str]) -> bool:
-        if callee.op != "attr" or callee.args[0].op != "param":
-            return False
-        made = self.program.attribute(self.cls, callee.data)
-        if made is None:
-            return False
-        return any(
-            value.op == "call" and callee_name(self.program, value) in constructors
-            for value in made.walk()
-        )
+        return made_by(self.program, self.cls, callee, constructors)
 
     def mentions(self, name: str) -> int:
         """How often the file reads an attribute of that name."""
@@ -307,6 +299,16 @@ def uses(method: Method) -> dict[int, list[Use]]:
         if effect.kind in ("return", "store", "augment"):
             found.setdefault(id(effect.value), []).append(Use(None, effect, 0))
     return found
+
+
+def made_by(program: Program, cls: ClassFacts, value: Value, constructors: set[str]) -> bool:
+    """The value is `self.x`, and the class's __init__ made that with one of the constructors."""
+    if value.op != "attr" or value.args[0].op != "param":
+        return False
+    made = program.attribute(cls, value.data)
+    return made is not None and any(
+        part.op == "call" and callee_name(program, part) in constructors for part in made.walk()
+    )
 
 
 def callee_name(program: Program, call: Value) -> str | None:

@@ -97,12 +97,8 @@ def _on_rows(
     """What else a mixer needs to run on rows instead, and which of its parameters must be the rows'
     positions then; None where that is not proved."""
     found = windows(mixer, kind)
-    edits = (*edits, *found.edits)
-    _, *others = ranks.items()
-    for positions in ((), *((name,) for name, given in others if 1 in given)):
-        if rows_alone(mixer, edits, ranks, positions) is None:
-            return found, positions
-    return None
+    positions = rows_alone(mixer, (*edits, *found.edits), ranks)
+    return None if positions is None else (found, positions)
 
 
 def decorator(

@@ -115,18 +115,19 @@ def _on_rows(
         if not views:
             return method(*args, **kwargs)
         batch = views[0].batch
+        bound = signature.bind(*args, **kwargs).arguments if required else {}
         for name in required:
-            if signature.bind(*args, **kwargs).arguments.get(name) is not batch.positions:
+            if bound.get(name) is not batch.positions:
                 raise TypeError(
                     f"{method.__qualname__} was proved to treat rows alone with their positions as "
                     f"{name}, and was given something else"
                 )
         # Another array object: code may add to positions in place. Not `apart`, as other routes:
         # these are the rows' own positions, by which ropes find how long each sequence is.
-        positions = mx.array(batch.positions)
+        given = any(value is batch.positions for value in (*args[1:], *kwargs.values()))
+        positions = mx.array(batch.positions) if given else batch.positions
         others = [_on_all_rows(value, batch, positions) for value in args[1:]]
         named = {name: _on_all_rows(value, batch, positions) for name, value in kwargs.items()}
-        given = any(value is positions for value in (*others, *named.values()))
         token = _RUNNING.set(True)
         try:
             with positions_are(positions) if given else nullcontext():
@@ -206,8 +207,7 @@ def windows(state: Any, x: mx.array, taps: int) -> mx.array:
         return mx.concatenate([state, x], axis=1)
     batch, begun = state.batch, state.begun()
     require_rows(x, batch, windows)
-    parts = batch.rows
-    held = state.read(tuple(p.sequence for p, has in zip(parts, begun, strict=True) if has))
+    parts, held = batch.rows, state.read_begun(begun)
     if held is not None and held.shape[1:] != (taps, *x.shape[2:]):
         raise TypeError(
             f"windows: expected states {[sum(begun), taps, *x.shape[2:]]} of {state!r}, got "
@@ -288,7 +288,7 @@ def shifted_rows(x: str, state: str) -> Callable[[_Function], _Function]:
 
 def _shifted(rows: mx.array, held: HeldState) -> mx.array:
     parts, begun = held.batch.rows, held.begun()
-    states = held.read(tuple(p.sequence for p, has in zip(parts, begun, strict=True) if has))
+    states = held.read_begun(begun)
     if all(begun) and len(parts) == rows.shape[0]:
         assert states is not None
         return states  # every row is the next of its sequence

@@ -315,6 +315,11 @@ class HeldState(Opaque):
             raise RuntimeError(f"{self!r} was replaced before it was read")
         return table.read(self.place, sequences) if sequences else None
 
+    def read_begun(self, begun: tuple[bool, ...]) -> mx.array | None:
+        """The states of those of the batch's sequences that have one, None if none has."""
+        parts = zip(self.batch.rows, begun, strict=True)
+        return self.read(tuple(part.sequence for part, has in parts if has))
+
     def __repr__(self) -> str:
         return f"<state {self.place} of cache entry {self.view.entry}>"
 
